@@ -1,0 +1,63 @@
+//! What the guest needs before the first container: file systems, the cgroup tree, a few settings.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use caisson_protocol::guest::{SHARE_DIR, SHARE_TAG};
+use nix::mount::{MsFlags, mount};
+
+use crate::network;
+
+const NO_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
+/// Source, target, type, flags, options; in the order that they are needed.
+const MOUNTS: &[(&str, &str, &str, MsFlags, &str)] = &[
+    ("proc", "/proc", "proc", NO_EXEC, ""),
+    ("sysfs", "/sys", "sysfs", NO_EXEC, ""),
+    ("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "mode=0755"),
+    ("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=0755"),
+    ("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+    ("shm", "/dev/shm", "tmpfs", NO_EXEC, "mode=1777"),
+    ("cgroup2", "/sys/fs/cgroup", "cgroup2", NO_EXEC, "nsdelegate"),
+    (SHARE_TAG, SHARE_DIR, "virtiofs", MsFlags::MS_NODEV, ""),
+];
+
+/// Microseconds since the guest's kernel started.
+pub fn uptime_us() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(0, |time| time.tv_sec().unsigned_abs() * 1_000_000 + time.tv_nsec().unsigned_abs() / 1000)
+}
+
+/// Writes a line to the kernel's log, where the host finds it when the guest dies.
+pub fn log(line: &str) {
+    if let Ok(mut kmsg) = std::fs::OpenOptions::new().write(true).open("/dev/kmsg") {
+        // There is no other place to complain to.
+        let _ = kmsg.write_all(line.as_bytes());
+    }
+}
+
+/// Mounts what every guest has and makes every cgroup controller available to containers.
+///
+/// # Errors
+/// What could not be mounted, and why.
+pub fn mount_all() -> Result<()> {
+    for (source, target, kind, flags, options) in MOUNTS {
+        std::fs::create_dir_all(target).with_context(|| format!("create {target}"))?;
+        mount(Some(*source), *target, Some(*kind), *flags, Some(*options)).with_context(|| format!("mount {target}"))?;
+    }
+    for (link, target) in [("/dev/fd", "/proc/self/fd"), ("/dev/stdin", "/proc/self/fd/0"), ("/dev/stdout", "/proc/self/fd/1"), ("/dev/stderr", "/proc/self/fd/2"), ("/dev/ptmx", "pts/ptmx")] {
+        let _ = std::fs::remove_file(link);
+        std::os::unix::fs::symlink(target, link).with_context(|| format!("link {link}"))?;
+    }
+    // Containers' mounts must not come back to us, but what we mount later must reach them.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>).context("make mounts shared")?;
+    enable_controllers(Path::new("/sys/fs/cgroup"))?;
+    network::loopback_up()
+}
+
+/// Lets the children of a cgroup use every controller that it has.
+pub fn enable_controllers(cgroup: &Path) -> Result<()> {
+    let controllers = std::fs::read_to_string(cgroup.join("cgroup.controllers")).context("read the cgroup controllers")?;
+    let enable: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+    std::fs::write(cgroup.join("cgroup.subtree_control"), enable.join(" ")).context("enable the cgroup controllers")
+}

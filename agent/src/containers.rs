@@ -1,0 +1,339 @@
+//! The pod's containers and their processes.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context;
+use caisson_protocol::agent::Stdio;
+use nix::unistd::Pid;
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroup;
+use crate::helper::{self, STATE_DIR, bundle_dir};
+use crate::process::{self, Helper};
+use crate::reaper::{Exit, Reaper};
+use crate::{devices, network, sys};
+
+/// A request that cannot be served; the service maps it to a ttrpc code.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such container or process.
+    #[error("{0}: not found")]
+    NotFound(String),
+    /// The id is in use.
+    #[error("{0}: already exists")]
+    AlreadyExists(String),
+    /// Not possible in this state.
+    #[error("{0}")]
+    Precondition(String),
+    /// The request is not well formed.
+    #[error("{0}")]
+    Invalid(String),
+    /// It failed.
+    #[error("{0:#}")]
+    Failed(#[from] anyhow::Error),
+}
+
+/// Longest id that is taken for a folder's name.
+const MAX_ID: usize = 200;
+
+enum Phase {
+    /// An exec that was not started.
+    Registered,
+    /// A container that waits in its helper.
+    Created(Helper),
+    /// Started.
+    Running,
+    /// It could not be started.
+    Failed,
+}
+
+struct Process {
+    stdio: Stdio,
+    phase: Phase,
+    pid: Option<Pid>,
+    exit: Option<watch::Receiver<Option<Exit>>>,
+    terminal: Option<File>,
+}
+
+impl Process {
+    fn exited(&self) -> Option<Exit> {
+        self.exit.as_ref().and_then(|exit| *exit.borrow())
+    }
+}
+
+type Shared = Arc<tokio::sync::Mutex<Process>>;
+
+/// Containers and execs by name; the container's own process has an empty exec id.
+pub struct Containers {
+    reaper: Reaper,
+    processes: Mutex<HashMap<(String, String), Shared>>,
+}
+
+impl Containers {
+    /// No containers.
+    pub fn new(reaper: Reaper) -> Self {
+        Self { reaper, processes: Mutex::default() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Shared>> {
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, container: &str, exec: &str) -> Result<Shared, Error> {
+        self.lock().get(&(container.to_owned(), exec.to_owned())).cloned().ok_or_else(|| Error::NotFound(name(container, exec)))
+    }
+
+    fn insert(&self, container: &str, exec: &str, stdio: Stdio) -> Result<Shared, Error> {
+        let process = Arc::new(tokio::sync::Mutex::new(Process { stdio, phase: Phase::Registered, pid: None, exit: None, terminal: None }));
+        let mut processes = self.lock();
+        let key = (container.to_owned(), exec.to_owned());
+        if processes.contains_key(&key) {
+            return Err(Error::AlreadyExists(name(container, exec)));
+        }
+        processes.insert(key, Arc::clone(&process));
+        Ok(process)
+    }
+
+    fn remove(&self, container: &str, exec: &str) {
+        let mut processes = self.lock();
+        if exec.is_empty() {
+            processes.retain(|(other, _), _| other != container);
+        } else {
+            processes.remove(&(container.to_owned(), exec.to_owned()));
+        }
+    }
+
+    /// Makes a container up to the point where its process waits to be started.
+    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<(), Error> {
+        check_id(id)?;
+        let process = self.insert(id, "", stdio.clone())?;
+        let mut process = process.lock().await;
+        let container = id.to_owned();
+        let made = blocking(move || {
+            let spec = prepare_bundle(&container, &spec)?;
+            let made = process::make(&container, "", &stdio)?;
+            devices::restrict(&Cgroup::of(&container), &spec)?;
+            network::loopback_up_in(made.pid)?;
+            Ok(made)
+        })
+        .await;
+        match made {
+            Ok(made) => {
+                process.pid = Some(made.pid);
+                process.exit = Some(self.watch_container(id, made.pid));
+                process.terminal = made.terminal;
+                process.phase = Phase::Created(made.helper);
+                Ok(())
+            }
+            Err(error) => {
+                self.remove(id, "");
+                // Something of it may exist already.
+                let container = id.to_owned();
+                let _ = blocking(move || clean_up(&container)).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Watches a container's own process; when it exits, everything left in the container is killed,
+    /// so that its streams end.
+    fn watch_container(&self, id: &str, pid: Pid) -> watch::Receiver<Option<Exit>> {
+        let exit = self.reaper.watch(pid);
+        let mut watched = exit.clone();
+        let cgroup = Cgroup::of(id);
+        tokio::spawn(async move {
+            if watched.wait_for(Option::is_some).await.is_ok() {
+                // Fails only when the cgroup is gone already.
+                let _ = cgroup.kill_all();
+            }
+        });
+        exit
+    }
+
+    /// Registers a process to be run in a running container.
+    pub fn create_exec(&self, container: &str, exec: &str, process: &[u8], stdio: Stdio) -> Result<(), Error> {
+        check_id(exec)?;
+        self.find(container, "")?;
+        self.insert(container, exec, stdio)?;
+        std::fs::write(helper::process_file(container, exec), process).context("write the exec's process").map_err(|error| {
+            self.remove(container, exec);
+            error.into()
+        })
+    }
+
+    /// Starts a created container or a registered exec; returns its process id.
+    pub async fn start(&self, container: &str, exec: &str) -> Result<u32, Error> {
+        let process = self.find(container, exec)?;
+        let mut process = process.lock().await;
+        match std::mem::replace(&mut process.phase, Phase::Failed) {
+            Phase::Created(helper) => {
+                blocking(move || helper.start()).await?;
+            }
+            Phase::Registered if !exec.is_empty() => {
+                let (id, exec_id, stdio) = (container.to_owned(), exec.to_owned(), process.stdio.clone());
+                let made = blocking(move || process::make(&id, &exec_id, &stdio)).await?;
+                process.pid = Some(made.pid);
+                process.exit = Some(self.reaper.watch(made.pid));
+                process.terminal = made.terminal;
+            }
+            Phase::Registered => return Err(Error::Precondition(format!("{}: not created", name(container, exec)))),
+            phase @ (Phase::Running | Phase::Failed) => {
+                process.phase = phase;
+                return Err(Error::Precondition(format!("{}: already started", name(container, exec))));
+            }
+        }
+        process.phase = Phase::Running;
+        Ok(process.pid.map_or(0, |pid| pid.as_raw().unsigned_abs()))
+    }
+
+    /// Returns when a process has exited.
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit, Error> {
+        let process = self.find(container, exec)?;
+        let exit = process.lock().await.exit.clone();
+        let mut exit = exit.ok_or_else(|| Error::Precondition(format!("{}: not started", name(container, exec))))?;
+        let exit = exit.wait_for(Option::is_some).await.map_err(|_| Error::NotFound(name(container, exec)))?;
+        exit.ok_or_else(|| Error::NotFound(name(container, exec)))
+    }
+
+    /// Sends a signal to a process, or to all processes of a container.
+    pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let process = self.find(container, exec)?;
+        let process = process.lock().await;
+        let signal = i32::try_from(signal).ok().and_then(|number| (0..=64).contains(&number).then_some(number)).ok_or_else(|| Error::Invalid(format!("signal {signal}: allowed is 0 to 64")))?;
+        if all {
+            return Ok(Cgroup::of(container).signal_all(signal)?);
+        }
+        let Some(pid) = process.pid.filter(|_| process.exited().is_none()) else {
+            return Err(Error::NotFound(format!("{}: process", name(container, exec))));
+        };
+        sys::kill(pid, signal).map_err(|errno| match errno {
+            nix::errno::Errno::ESRCH => Error::NotFound(format!("{}: process", name(container, exec))),
+            errno => Error::Failed(anyhow::Error::from(errno).context(format!("signal {}", name(container, exec)))),
+        })
+    }
+
+    /// Sets the size of a process's terminal.
+    pub async fn resize(&self, container: &str, exec: &str, columns: u32, rows: u32) -> Result<(), Error> {
+        let process = self.find(container, exec)?;
+        let process = process.lock().await;
+        let Some(terminal) = &process.terminal else {
+            return Err(Error::Precondition(format!("{}: has no terminal", name(container, exec))));
+        };
+        let limit = |value: u32| u16::try_from(value).map_err(|_| Error::Invalid(format!("terminal size {columns}x{rows}: at most 65535 each")));
+        sys::set_terminal_size(terminal, limit(columns)?, limit(rows)?).context("resize the terminal")?;
+        Ok(())
+    }
+
+    /// The processes of a container with the exec that each belongs to.
+    pub async fn pids(&self, container: &str) -> Result<Vec<(u32, String)>, Error> {
+        self.find(container, "")?;
+        let known: Vec<(String, Shared)> = self.lock().iter().filter(|((id, _), _)| id == container).map(|((_, exec), process)| (exec.clone(), Arc::clone(process))).collect();
+        let mut execs = HashMap::new();
+        for (exec, process) in known {
+            if let Some(pid) = process.lock().await.pid {
+                execs.insert(pid.as_raw().unsigned_abs(), exec);
+            }
+        }
+        Ok(Cgroup::of(container).pids()?.into_iter().map(|pid| (pid, execs.remove(&pid).unwrap_or_default())).collect())
+    }
+
+    /// The cgroup of a container that exists.
+    pub fn cgroup(&self, container: &str) -> Result<Cgroup, Error> {
+        self.find(container, "")?;
+        Ok(Cgroup::of(container))
+    }
+
+    /// Forgets an exec, or removes a stopped container.
+    pub async fn delete(&self, container: &str, exec: &str) -> Result<(), Error> {
+        let process = self.find(container, exec)?;
+        let process = process.lock().await;
+        if matches!(process.phase, Phase::Running) && process.exited().is_none() {
+            return Err(Error::Precondition(format!("{}: is running", name(container, exec))));
+        }
+        self.remove(container, exec);
+        if exec.is_empty() {
+            let container = container.to_owned();
+            blocking(move || clean_up(&container)).await?;
+        } else {
+            let _ = std::fs::remove_file(helper::process_file(container, exec));
+        }
+        Ok(())
+    }
+}
+
+/// A process's name in messages.
+fn name(container: &str, exec: &str) -> String {
+    if exec.is_empty() { format!("container {container}") } else { format!("exec {exec} of container {container}") }
+}
+
+/// Ids become names of files.
+fn check_id(id: &str) -> Result<(), Error> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.chars().all(plain) {
+        return Err(Error::Invalid(format!("id {id:?}: allowed are 1 to {MAX_ID} letters, digits, '-', '_' and '.', not beginning with '.'")));
+    }
+    Ok(())
+}
+
+/// Runs what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await.context("a thread of the agent ended")?
+}
+
+/// Writes the bundle: the specification with the container's cgroup put below ours.
+fn prepare_bundle(id: &str, spec: &[u8]) -> anyhow::Result<oci_spec::runtime::Spec> {
+    let mut spec: oci_spec::runtime::Spec = serde_json::from_slice(spec).context("read the container's specification")?;
+    let mut linux = spec.linux().clone().context("the container's specification has no linux section")?;
+    linux.set_cgroups_path(Some(Cgroup::path_of(id)));
+    spec.set_linux(Some(linux));
+    if let (Some(root), Some(process)) = (spec.root(), spec.process()) {
+        create_cwd(root.path(), process.cwd());
+    }
+    let bundle = bundle_dir(id);
+    std::fs::create_dir_all(&bundle).context("create the bundle")?;
+    std::fs::create_dir_all(STATE_DIR).context("create the state folder")?;
+    std::fs::write(bundle.join("config.json"), serde_json::to_vec(&spec)?).context("write the container's specification")?;
+    Ok(spec)
+}
+
+/// Creates the working folder when the image has none, as other runtimes do.
+fn create_cwd(root: &Path, cwd: &Path) {
+    let inside = root.join(cwd.strip_prefix("/").unwrap_or(cwd));
+    // A read-only root or a link out of it: then entering the folder says what is wrong.
+    if !inside.exists() {
+        let _ = std::fs::create_dir_all(inside);
+    }
+}
+
+/// Removes all that a container left in the guest.
+fn clean_up(id: &str) -> anyhow::Result<()> {
+    let cgroup = Cgroup::of(id);
+    cgroup.kill_all()?;
+    cgroup.remove()?;
+    for dir in [Path::new(STATE_DIR).join(id), bundle_dir(id)] {
+        match std::fs::remove_dir_all(&dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("remove {}", dir.display())),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_that_is_no_plain_name_is_refused() {
+        for id in ["", ".", "..", "a/b", "a b", "\n", &"x".repeat(201)] {
+            assert!(check_id(id).is_err(), "{id:?}");
+        }
+        for id in ["web", "a-b_c.d", &"x".repeat(200)] {
+            assert!(check_id(id).is_ok(), "{id:?}");
+        }
+    }
+}

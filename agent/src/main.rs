@@ -1,0 +1,65 @@
+//! `caisson-agent`: the guest's only program and its PID 1.
+//!
+//! ```text
+//! main: boot (mounts, cgroup) -> connect to the host -> serve the Agent service
+//! main container ...: the helper that makes one container or exec (single-threaded)
+//! ```
+//!
+//! The library that makes containers must not run in a process with threads, so the agent starts
+//! itself again as a helper for each; what the helper leaves behind is adopted by PID 1.
+
+mod boot;
+mod cgroup;
+mod containers;
+mod devices;
+mod helper;
+mod network;
+mod process;
+mod reaper;
+mod service;
+mod streams;
+mod sys;
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use caisson_protocol::agent::create_agent;
+use caisson_protocol::guest::CONTROL_PORT;
+use futures::StreamExt as _;
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::containers::Containers;
+use crate::reaper::Reaper;
+use crate::service::AgentService;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if arguments.get(1).is_some_and(|word| word == helper::WORD) {
+        std::process::exit(helper::main(&arguments[2..]));
+    }
+    let started = boot::uptime_us();
+    // PID 1 must not end: the kernel panics, the VMM sees it, and the host reports this line.
+    if let Err(error) = run(started) {
+        boot::log(&format!("agent: {error:#}"));
+        std::process::exit(1);
+    }
+}
+
+fn run(started_us: u64) -> Result<()> {
+    boot::mount_all()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(async {
+        let reaper = Reaper::start().context("watch for exits")?;
+        let socket = streams::connect(CONTROL_PORT).context("connect to the host")?;
+        let socket = streams::into_async(socket).context("connect to the host")?;
+        let containers = Arc::new(Containers::new(reaper));
+        let service = create_agent(Arc::new(AgentService::new(containers, started_us)));
+        // One connection, which stays open as long as the pod lives.
+        let listener = Listener::new(futures::stream::iter([Ok(socket)]).chain(futures::stream::pending()));
+        let mut server = Server::new().add_listener(listener).register_service(service);
+        server.start().await.context("serve the host")?;
+        std::future::pending::<()>().await;
+        Ok(())
+    })
+}

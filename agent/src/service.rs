@@ -1,0 +1,168 @@
+//! The Agent service: each call to the function that serves it, errors to ttrpc codes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use caisson_protocol::VERSION;
+use caisson_protocol::agent::{
+    Agent, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse,
+    StatsResponse, UpdateRequest, WaitResponse,
+};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use ttrpc::asynchronous::TtrpcContext;
+use ttrpc::{Code, Result};
+
+use crate::boot::uptime_us;
+use crate::cgroup::Cgroup;
+use crate::containers::{Containers, Error};
+
+/// How often memory.events is looked at for a container that someone waits for.
+const OOM_POLL: Duration = Duration::from_millis(200);
+/// From the answer to a shutdown to the reset, so that the answer arrives.
+const SHUTDOWN_DELAY: Duration = Duration::from_millis(10);
+
+/// The service.
+pub struct AgentService {
+    containers: Arc<Containers>,
+    started_us: u64,
+}
+
+impl AgentService {
+    /// A service for these containers, in an agent that started at this uptime.
+    pub fn new(containers: Arc<Containers>, started_us: u64) -> Self {
+        Self { containers, started_us }
+    }
+}
+
+fn code(error: &Error) -> Code {
+    match error {
+        Error::NotFound(_) => Code::NOT_FOUND,
+        Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
+        Error::Precondition(_) => Code::FAILED_PRECONDITION,
+        Error::Invalid(_) => Code::INVALID_ARGUMENT,
+        Error::Failed(_) => Code::UNKNOWN,
+    }
+}
+
+fn answer<T>(result: std::result::Result<T, Error>) -> Result<T> {
+    result.map_err(|error| ttrpc::Error::RpcStatus(ttrpc::get_status(code(&error), error.to_string())))
+}
+
+fn done(result: std::result::Result<(), Error>) -> Result<Empty> {
+    answer(result).map(|()| Empty::new())
+}
+
+#[async_trait]
+impl Agent for AgentService {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Result<HelloResponse> {
+        let mut response = HelloResponse { version: VERSION.into(), agent_start_us: self.started_us, ready_us: uptime_us(), ..HelloResponse::default() };
+        response.kernel = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+        if request.version == VERSION {
+            answer(greet(&request).map_err(Error::Failed))?;
+        }
+        Ok(response)
+    }
+
+    async fn ping(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<Empty> {
+        done(self.containers.create(&request.id, request.spec, request.stdio.unwrap_or_default()).await)
+    }
+
+    async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> Result<Empty> {
+        done(self.containers.create_exec(&request.container, &request.exec, &request.process, request.stdio.unwrap_or_default()))
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<StartResponse> {
+        let pid = answer(self.containers.start(&request.container, &request.exec).await)?;
+        Ok(StartResponse { pid, ..StartResponse::default() })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
+        let exit = answer(self.containers.wait(&request.container, &request.exec).await)?;
+        Ok(WaitResponse { exit_status: exit.status, exited_at_ns: exit.at_ns, ..WaitResponse::default() })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
+        done(self.containers.signal(&request.container, &request.exec, request.signal, request.all).await)
+    }
+
+    async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> Result<Empty> {
+        done(self.containers.resize(&request.container, &request.exec, request.columns, request.rows).await)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<PidsResponse> {
+        let processes = answer(self.containers.pids(&request.container).await)?;
+        let processes = processes.into_iter().map(|(pid, exec)| ProcessInfo { pid, exec, ..ProcessInfo::default() }).collect();
+        Ok(PidsResponse { processes, ..PidsResponse::default() })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
+        answer(self.containers.cgroup(&request.container)).map(|cgroup| cgroup.stats())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
+        done(self.containers.cgroup(&request.container).and_then(|cgroup| {
+            let resources = serde_json::from_slice(&request.resources).map_err(|error| Error::Invalid(format!("resources: {error}")))?;
+            Ok(cgroup.update(&resources)?)
+        }))
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        done(self.freeze(&request.container, true).await)
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        done(self.freeze(&request.container, false).await)
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        done(self.containers.delete(&request.container, &request.exec).await)
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        let before = answer(self.containers.cgroup(&request.container))?.oom_kills();
+        loop {
+            tokio::time::sleep(OOM_POLL).await;
+            // Ends with the container.
+            if answer(self.containers.cgroup(&request.container))?.oom_kills() > before {
+                return Ok(Empty::new());
+            }
+        }
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        tokio::spawn(async {
+            // The share is the host's; only file systems on block volumes have something to write.
+            nix::unistd::sync();
+            tokio::time::sleep(SHUTDOWN_DELAY).await;
+            // It does not return: the VMM sees the reset.
+            let _ = reboot(RebootMode::RB_AUTOBOOT);
+        });
+        Ok(Empty::new())
+    }
+}
+
+impl AgentService {
+    async fn freeze(&self, container: &str, frozen: bool) -> std::result::Result<(), Error> {
+        let cgroup: Cgroup = self.containers.cgroup(container)?;
+        let work = tokio::task::spawn_blocking(move || cgroup.freeze(frozen)).await;
+        Ok(work.map_err(anyhow::Error::from).and_then(|result| result)?)
+    }
+}
+
+/// Takes over the host's clock and the pod's name.
+fn greet(request: &HelloRequest) -> anyhow::Result<()> {
+    if request.time_ns > 0 {
+        clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(Duration::from_nanos(request.time_ns)))?;
+    }
+    if !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! `caisson-fs`: serves one pod's share as a virtio-fs device, over vhost-user.
+//!
+//! ```text
+//! main: open /proc handles -> jail -> receive FsConfig -> serve until the VMM hangs up
+//! ```
+//!
+//! The FUSE server is that of the virtiofsd project, used as a library. What is ours is where it
+//! runs: a process of its own whose root is the share, without network, without any capability but
+//! those that acting for the share's users needs, behind a system call filter.
+#![expect(unsafe_code, reason = "the listening socket arrives as a descriptor, which the vhost crate takes by number")]
+
+mod filter;
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use caisson_host::control::Control;
+use caisson_host::jail::{Jail, Side, raise_descriptor_limit};
+use caisson_protocol::fs::{CachePolicy, Event, FsConfig};
+use vhost::vhost_user::Listener;
+use vhost_user_backend::VhostUserDaemon;
+use virtiofsd::passthrough::{self, PassthroughFs};
+use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// Files that the guest may hold open at once, and inodes that it remembers.
+const DESCRIPTOR_LIMIT: u64 = 1 << 20;
+/// Descriptors kept back from the guest for the server itself.
+const RESERVED_DESCRIPTORS: u64 = 128;
+
+fn main() {
+    let Ok(control) = Control::inherited() else {
+        eprintln!("caisson-fs is started by containerd-shim-caisson-v2, not by hand");
+        std::process::exit(2);
+    };
+    if let Err(error) = run(&control) {
+        // The shim reports it; when the shim is gone there is nobody left to tell.
+        let _ = control.send(&Event::Failed(format!("{error:#}")), &[], true);
+        std::process::exit(1);
+    }
+}
+
+fn run(control: &Control) -> Result<()> {
+    let inside = match Jail::CurrentFolder.unshare()? {
+        Side::Outside(child) => {
+            control.send(&Event::Jailed { pid: child.as_raw().unsigned_abs() }, &[], true).context("report the jailed process")?;
+            return Ok(());
+        }
+        Side::Inside(inside) => inside,
+    };
+    // The server reopens files through these; behind the jail's door there is no /proc.
+    let proc_self_fd = File::open("/proc/self/fd").context("open /proc/self/fd")?;
+    let proc_mountinfo = File::open("/proc/self/mountinfo").context("open /proc/self/mountinfo")?;
+    inside.enter()?;
+    let descriptors = raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
+    // Files are created with exactly the mode that the guest asks for.
+    nix_umask();
+    let Some((config, fds)) = control.receive::<FsConfig>(true).context("receive the configuration")? else {
+        bail!("the shim closed the control socket before the configuration");
+    };
+    let Ok([socket]) = <[OwnedFd; 1]>::try_from(fds) else {
+        bail!("the configuration came without exactly one socket");
+    };
+    let fs_config = passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo);
+    serve(socket, fs_config, config.threads)
+}
+
+fn nix_umask() {
+    // SAFETY: umask only sets a number of this process and cannot fail.
+    unsafe { libc::umask(0) };
+}
+
+/// What the guest may do and cache.
+fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, proc_mountinfo: File) -> passthrough::Config {
+    let (cache_policy, timeout) = match config.cache {
+        CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
+        CachePolicy::Auto => (passthrough::CachePolicy::Auto, Duration::from_secs(1)),
+        CachePolicy::Always => (passthrough::CachePolicy::Always, Duration::from_secs(86_400)),
+    };
+    passthrough::Config {
+        root_dir: "/".into(),
+        cache_policy,
+        entry_timeout: timeout,
+        attr_timeout: timeout,
+        xattr: true,
+        posix_acl: passthrough::NegotiationMode::Auto,
+        // Each mount below the share is a file system of its own in the guest, with its own
+        // device number; unmounting it there drops every inode of it here.
+        announce_submounts: true,
+        proc_sfd_rawfd: Some(proc_self_fd),
+        proc_mountinfo_rawfd: Some(proc_mountinfo),
+        allow_direct_io: true,
+        killpriv_v2: true,
+        guest_fd_limit: descriptors.saturating_sub(RESERVED_DESCRIPTORS),
+        ..passthrough::Config::default()
+    }
+}
+
+/// Serves the one conversation on `socket` until the VMM hangs up.
+fn serve(socket: OwnedFd, config: passthrough::Config, threads: usize) -> Result<()> {
+    let fs = PassthroughFs::new(config).context("open the share")?;
+    let backend = VhostUserFsBackendBuilder::default().set_thread_pool_size(threads).build(fs).map_err(|error| anyhow::anyhow!("create the virtio-fs device: {error}"))?;
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), std::sync::Arc::new(backend), memory).map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;
+    // SAFETY: the descriptor is ours and given up here; Listener owns it from now on.
+    let mut listener = unsafe { Listener::from_raw_fd(socket.into_raw_fd()) };
+    filter::install()?;
+    daemon.start(&mut listener).map_err(|error| anyhow::anyhow!("take the VMM's connection: {error}"))?;
+    drop(listener);
+    // However the conversation ends, the VMM is gone and so is the reason to live.
+    let _ = daemon.wait();
+    std::process::exit(0);
+}

@@ -1,0 +1,232 @@
+//! The jail that a host process of a pod puts itself into before it meets anything hostile.
+//!
+//! ```text
+//! started by the shim (root, one thread, control socket at fd 3)
+//!   └─ unshare: mount, pid, net, ipc, uts, cgroup (and user) namespaces
+//!        └─ fork: the child is pid 1 of its namespace; the parent reports its id and ends
+//!             └─ pivot into an empty or given root, change user, drop capabilities, no_new_privs
+//! ```
+//!
+//! The child is adopted by the shim, which is a child subreaper. Seccomp comes last and by thread:
+//! see [`crate::seccomp`].
+#![expect(unsafe_code, reason = "fork, capset and close_range have no safe wrapper")]
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Gid, Pid, Uid, chdir, fork, pivot_root, setgroups, setresgid, setresuid};
+
+use crate::control::CONTROL_FD;
+
+/// A step of building the jail that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("enter the jail: {step}")]
+pub struct JailError {
+    step: &'static str,
+    source: io::Error,
+}
+
+/// Names the step that an error comes from.
+trait Step<T> {
+    fn step(self, step: &'static str) -> Result<T, JailError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, step: &'static str) -> Result<T, JailError> {
+        self.map_err(|source| JailError { step, source: source.into() })
+    }
+}
+
+/// What a jail is like.
+#[derive(Debug, Clone, Copy)]
+pub enum Jail {
+    /// An empty root, a user namespace in which only this user and group id exist, no capability.
+    Empty {
+        /// User and group id.
+        id: u32,
+    },
+    /// The folder that the process was started in as its root, the real root user with the
+    /// capabilities that a file server for other users needs, and no more.
+    CurrentFolder,
+}
+
+/// What a file server needs to act for any user of the share (capabilities(7)).
+const FILE_SERVER_CAPS: &[u32] = &[CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID, CAP_SETGID, CAP_SETUID, CAP_MKNOD, CAP_SETFCAP];
+const CAP_CHOWN: u32 = 0;
+const CAP_DAC_OVERRIDE: u32 = 1;
+const CAP_FOWNER: u32 = 3;
+const CAP_FSETID: u32 = 4;
+const CAP_SETGID: u32 = 6;
+const CAP_SETUID: u32 = 7;
+const CAP_MKNOD: u32 = 27;
+const CAP_SETFCAP: u32 = 31;
+
+/// Which process goes on after [`Jail::unshare`].
+pub enum Side {
+    /// The original process; the child has this id in its PID namespace.
+    Outside(Pid),
+    /// The child, first process of the new PID namespace.
+    Inside(Inside),
+}
+
+/// A process in its namespaces, not yet in its root.
+pub struct Inside(Jail);
+
+impl Jail {
+    /// Makes the namespaces and forks. The process must have one thread.
+    ///
+    /// # Errors
+    /// The step that failed; the process is then of no use.
+    pub fn unshare(self) -> Result<Side, JailError> {
+        close_others().step("close inherited descriptors")?;
+        let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
+        match self {
+            Self::Empty { id } => unshare_with_user(namespaces, id)?,
+            Self::CurrentFolder => unshare(namespaces).step("unshare namespaces")?,
+        }
+        // SAFETY: there is one thread, so the child may go on running any code.
+        match unsafe { fork() }.step("fork into the PID namespace")? {
+            ForkResult::Parent { child } => Ok(Side::Outside(child)),
+            ForkResult::Child => Ok(Side::Inside(Inside(self))),
+        }
+    }
+}
+
+impl Inside {
+    /// Leaves the host's files, user and privileges behind.
+    ///
+    /// # Errors
+    /// The step that failed; the process is then of no use.
+    pub fn enter(self) -> Result<(), JailError> {
+        match self.0 {
+            Jail::Empty { id } => {
+                mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).step("make mounts private")?;
+                // Any folder serves to mount on; /proc is on every host.
+                let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
+                mount(Some("empty"), "/proc", Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555")).step("mount the empty root")?;
+                chdir("/proc").step("enter the empty root")?;
+                pivot_here()?;
+                setgroups(&[]).step("drop supplementary groups")?;
+                setresgid(Gid::from_raw(id), Gid::from_raw(id), Gid::from_raw(id)).step("change group")?;
+                setresuid(Uid::from_raw(id), Uid::from_raw(id), Uid::from_raw(id)).step("change user")?;
+                limit_capabilities(&[])?;
+            }
+            Jail::CurrentFolder => {
+                // Slave, not private: what the shim mounts into the share later must appear here.
+                mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).step("make mounts slaves")?;
+                pivot_here()?;
+                limit_capabilities(FILE_SERVER_CAPS)?;
+            }
+        }
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).step("forbid core dumps")?;
+        nix::sys::prctl::set_dumpable(false).step("forbid tracing")?;
+        nix::sys::prctl::set_no_new_privs().step("set no_new_privs")
+    }
+}
+
+/// Closes everything above the control socket: a jail inherits nothing by accident.
+fn close_others() -> io::Result<()> {
+    // SAFETY: nothing in this program owns a descriptor above the control socket yet.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, CONTROL_FD as libc::c_uint + 1, libc::c_uint::MAX, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Unshares with a user namespace that maps `id` alone.
+///
+/// The map must be written by a process outside (user_namespaces(7)), so a helper is forked first.
+fn unshare_with_user(namespaces: CloneFlags, id: u32) -> Result<(), JailError> {
+    let parent = nix::unistd::getpid();
+    let (mut ready, mut signal) = io::pipe().step("make a pipe")?;
+    // SAFETY: there is one thread, so the child may go on running any code.
+    match unsafe { fork() }.step("fork the helper that maps user ids")? {
+        ForkResult::Child => {
+            drop(signal);
+            let mut byte = [0];
+            let mapped = ready.read_exact(&mut byte).and_then(|()| {
+                let line = format!("{id} {id} 1");
+                std::fs::write(format!("/proc/{parent}/uid_map"), &line)?;
+                std::fs::write(format!("/proc/{parent}/gid_map"), &line)
+            });
+            std::process::exit(mapped.map_or_else(|error| error.raw_os_error().unwrap_or(255), |()| 0));
+        }
+        ForkResult::Parent { child } => {
+            drop(ready);
+            unshare(CloneFlags::CLONE_NEWUSER | namespaces).step("unshare namespaces")?;
+            signal.write_all(&[0]).step("signal the helper that maps user ids")?;
+            match waitpid(child, None).step("wait for the helper that maps user ids")? {
+                nix::sys::wait::WaitStatus::Exited(_, 0) => Ok(()),
+                nix::sys::wait::WaitStatus::Exited(_, errno) => Err(io::Error::from_raw_os_error(errno)).step("map user ids"),
+                _ => Err(io::Error::other("the helper was killed")).step("map user ids"),
+            }
+        }
+    }
+}
+
+/// Makes the current folder, a mount point, the root, and forgets the old root.
+fn pivot_here() -> Result<(), JailError> {
+    pivot_root(".", ".").step("pivot into the root")?;
+    umount2(".", MntFlags::MNT_DETACH).step("detach the old root")?;
+    chdir(Path::new("/")).step("enter the root")
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3` of capget(2).
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+/// One more than the highest capability that any kernel knows.
+const CAPABILITIES: u32 = 64;
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Drops every capability that is not in `keep` from the bounding, permitted and effective sets.
+fn limit_capabilities(keep: &[u32]) -> Result<(), JailError> {
+    for cap in (0..CAPABILITIES).filter(|cap| !keep.contains(cap)) {
+        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory of ours.
+        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(cap), 0, 0, 0) };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                // Beyond the last capability of this kernel.
+                Some(libc::EINVAL) => break,
+                // Without CAP_SETPCAP the set cannot be lowered; no_new_privs makes it moot.
+                Some(libc::EPERM) if keep.is_empty() => break,
+                _ => return Err(error).step("lower the capability bounding set"),
+            }
+        }
+    }
+    let mut data = [CapData::default(); 2];
+    for cap in keep {
+        let word = &mut data[(cap / 32) as usize];
+        word.permitted |= 1 << (cap % 32);
+        word.effective |= 1 << (cap % 32);
+    }
+    let header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    // SAFETY: header and data have the layout of capset(2), version 3, and live through the call.
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()).step("drop capabilities") }
+}
+
+/// Raises the limit of open descriptors to `wanted` or to what the host allows, whichever is less.
+///
+/// # Errors
+/// When the host refuses even its own limit.
+pub fn raise_descriptor_limit(wanted: u64) -> io::Result<u64> {
+    let (_, hard) = nix::sys::resource::getrlimit(Resource::RLIMIT_NOFILE)?;
+    let limit = wanted.min(hard);
+    setrlimit(Resource::RLIMIT_NOFILE, limit, hard)?;
+    Ok(limit)
+}

@@ -1,0 +1,13 @@
+//! What Caisson's host programs share.
+//!
+//! * [`control`]: messages with file descriptors between two of our processes;
+//! * [`jail`]: namespaces, an empty or given root, a user id, no capabilities;
+//! * [`seccomp`]: system call filters, one for each thread role;
+//! * [`settings`]: reads the configuration's files;
+//! * [`records`]: reads and writes what pods keep on disk.
+
+pub mod control;
+pub mod jail;
+pub mod records;
+pub mod seccomp;
+pub mod settings;

@@ -1,0 +1,82 @@
+//! Reads the configuration's files: `config.toml`, then the drop-ins beside it in sorted order.
+
+use std::io;
+use std::path::Path;
+
+use caisson_protocol::config::{Config, ConfigError};
+
+/// A configuration that cannot be used, in one sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// A file that is there but cannot be read.
+    #[error("read configuration {path}")]
+    Read {
+        /// File or folder.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A key or value that is not allowed.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+/// The effective configuration of the file `path` and of `<path>.d/*.toml`; both may be absent.
+///
+/// # Errors
+/// When a file that exists cannot be read or holds something that is not allowed.
+pub fn load(path: &Path) -> Result<Config, SettingsError> {
+    let read_error = |path: &Path, source| SettingsError::Read { path: path.display().to_string(), source };
+    let mut config = Config::default();
+    let mut files = vec![path.to_owned()];
+    let mut drop_ins = path.as_os_str().to_owned();
+    drop_ins.push(".d");
+    let drop_ins = Path::new(&drop_ins);
+    match std::fs::read_dir(drop_ins) {
+        Ok(entries) => {
+            let mut found = Vec::new();
+            for entry in entries {
+                let entry = entry.map_err(|error| read_error(drop_ins, error))?.path();
+                if entry.extension().is_some_and(|extension| extension == "toml") {
+                    found.push(entry);
+                }
+            }
+            found.sort();
+            files.extend(found);
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(read_error(drop_ins, error)),
+    }
+    for file in files {
+        match std::fs::read_to_string(&file) {
+            Ok(text) => config.apply_toml(&file.display().to_string(), &text)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(read_error(&file, error)),
+        }
+    }
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drop_ins_apply_in_sorted_order_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, "[vm]\nvcpus = 2\nmemory_mib = 128\n").unwrap();
+        std::fs::create_dir(dir.path().join("config.toml.d")).unwrap();
+        std::fs::write(dir.path().join("config.toml.d/20.toml"), "[vm]\nvcpus = 4\n").unwrap();
+        std::fs::write(dir.path().join("config.toml.d/10.toml"), "[vm]\nvcpus = 3\n").unwrap();
+        std::fs::write(dir.path().join("config.toml.d/99.bak"), "nonsense").unwrap();
+        let config = load(&path).unwrap();
+        assert_eq!((config.vcpus, config.memory_mib), (4, 128));
+    }
+
+    #[test]
+    fn no_file_means_the_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(load(&dir.path().join("config.toml")).unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,38 @@
+//! Shim to virtio-fs server: one message, then the server serves until its peers close.
+
+use serde::{Deserialize, Serialize};
+
+/// How the server serves the folder that it was started in. File descriptor beside it: a listening
+/// socket to which the VMM's end of the vhost-user conversation is already connected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsConfig {
+    /// How long the guest may trust what it cached.
+    pub cache: CachePolicy,
+    /// Worker threads, 0 to serve on the queue's own thread.
+    pub threads: usize,
+}
+
+/// How much the guest may cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CachePolicy {
+    /// Nothing: every access asks the host.
+    Never,
+    /// Metadata for a second, data while a file is open.
+    #[default]
+    Auto,
+    /// Everything: fastest, for shares that the host does not change.
+    Always,
+}
+
+/// What the server answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// It is in its jail; its id in the namespace of the shim.
+    Jailed {
+        /// Process id.
+        pid: u32,
+    },
+    /// It cannot serve: one sentence. The last message.
+    Failed(String),
+}

@@ -1,0 +1,22 @@
+//! What host and guest agree on without saying it.
+
+/// vsock context id of the host (virtio 1.2, 5.10.4: CID 2 is reserved for it).
+pub const HOST_CID: u64 = 2;
+/// vsock context id of every guest: each pod has a vsock of its own, so they need not differ.
+pub const GUEST_CID: u64 = 3;
+/// The host port that the agent connects to and serves [`crate::agent::Agent`] on.
+pub const CONTROL_PORT: u32 = 1024;
+/// Ports from here on are given to streams, each used once.
+pub const FIRST_STREAM_PORT: u32 = 1025;
+
+/// virtio-fs tag of the pod's share.
+pub const SHARE_TAG: &str = "caisson";
+/// Where the agent mounts the share.
+pub const SHARE_DIR: &str = "/run/caisson/share";
+/// Within the share, a container's folder holds its root file system under this name.
+pub const ROOTFS_DIR: &str = "rootfs";
+/// Within the share, a container's folder holds its bind mounts under this name, numbered.
+pub const MOUNTS_DIR: &str = "mounts";
+
+/// Bytes at the end of guest memory in which the kernel leaves the log of a panic (ramoops).
+pub const PANIC_LOG_BYTES: u64 = 64 << 10;

@@ -1,0 +1,21 @@
+//! What Caisson's programs say to each other, and the configuration they share.
+//!
+//! This crate holds data and pure functions: no file, no socket, no clock. Everything else
+//! depends on it, and it depends on nothing of ours.
+//!
+//! * [`agent`]: shim to agent, by ttrpc over vsock (`agent.proto`);
+//! * [`vmm`]: shim to VMM, by JSON messages with file descriptors over a control socket;
+//! * [`fs`]: shim to virtio-fs server, likewise;
+//! * [`config`]: `/etc/caisson/config.toml` and the `io.caisson.*` annotations;
+//! * [`guest`]: what host and guest agree on without saying it: ports, paths, tags;
+//! * [`record`]: what a pod keeps on disk so that it can be listed and undone.
+
+pub mod agent;
+pub mod config;
+pub mod fs;
+pub mod guest;
+pub mod record;
+pub mod vmm;
+
+/// Version of this build. Shim and agent must carry the same one.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

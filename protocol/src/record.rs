@@ -1,0 +1,45 @@
+//! What a pod keeps on disk, so that `caisson list` can show it and `delete` can undo it.
+//!
+//! The record is written before what it names is acquired: a killed shim leaves a record that
+//! names at least all that exists.
+
+use serde::{Deserialize, Serialize};
+
+/// `<run dir>/<namespace>/<pod>/record.json`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodRecord {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Id of the pod: of its sandbox, or of the one task.
+    pub pod: String,
+    /// Version of the shim that made it.
+    pub version: String,
+    /// Seconds since 1970 when it was created.
+    pub created: u64,
+    /// Process ids of the pod, each with its start time (field 22 of `/proc/PID/stat`), so that
+    /// a reused id is not mistaken for it.
+    pub processes: Vec<ProcessRecord>,
+    /// Path of the pod's cgroup below the cgroup file system.
+    pub cgroup: Option<String>,
+    /// User id that the VMM runs as, reserved in `<run dir>/uids`.
+    pub uid: Option<u32>,
+    /// Containers of the pod.
+    pub containers: Vec<String>,
+    /// vCPUs and memory of the VM.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Why the pod died, when it did not end in order.
+    pub failure: Option<String>,
+}
+
+/// One process of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRecord {
+    /// `shim`, `vmm` or `fs`.
+    pub role: String,
+    /// Process id on the host.
+    pub pid: u32,
+    /// Clock ticks after boot at which it started.
+    pub start_time: u64,
+}

@@ -1,0 +1,107 @@
+//! Shim to VMM: one JSON message a packet over a `SOCK_SEQPACKET` control socket.
+//!
+//! The shim sends [`Request::Boot`] once, then any number of the others; the VMM answers with
+//! [`Event`]s. File descriptors travel beside the message (`SCM_RIGHTS`), in the order that each
+//! message states. The VMM ends when the socket closes: a killed shim takes its VMM along.
+
+use serde::{Deserialize, Serialize};
+
+/// The largest message, in bytes. A larger one is refused by sender and receiver.
+pub const MAX_MESSAGE: usize = 64 << 10;
+/// The most file descriptors beside one message.
+pub const MAX_FDS: usize = 8;
+
+/// Fewest and most vCPUs of a VM.
+pub const VCPUS: std::ops::RangeInclusive<u32> = 1..=32;
+/// Least and most guest memory in MiB.
+pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=1 << 20;
+
+/// What the shim asks of the VMM.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Boot the VM. File descriptors: KVM, kernel, initramfs, guest memory, vhost-user-fs socket,
+    /// and the console's output when [`BootConfig::console`] is set.
+    Boot(BootConfig),
+    /// Give the guest one connection to a host port.
+    Offer(Offer),
+    /// End the host's side of a stream once what the descriptor holds has been sent.
+    CloseSource {
+        /// The stream's port.
+        port: u32,
+    },
+}
+
+/// The shape of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootConfig {
+    /// Number of vCPUs, in [`VCPUS`].
+    pub vcpus: u32,
+    /// Guest memory in MiB, in [`MEMORY_MIB`].
+    pub memory_mib: u64,
+    /// Added to the guest kernel's command line.
+    pub kernel_args: String,
+    /// Whether the guest has a serial console.
+    pub console: bool,
+}
+
+/// One stream that the guest may open, once, by connecting to `port`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Host port.
+    pub port: u32,
+    /// What the file descriptors beside the message are.
+    pub ends: Ends,
+}
+
+/// The host's end of a stream, as file descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ends {
+    /// One descriptor, read and written (a socket).
+    Duplex,
+    /// One descriptor that the guest reads from.
+    Source,
+    /// One descriptor that the guest writes to.
+    Sink,
+    /// Two descriptors: one that the guest reads from, one that it writes to.
+    SourceAndSink,
+}
+
+impl Ends {
+    /// How many file descriptors go with it.
+    pub const fn fd_count(self) -> usize {
+        match self {
+            Self::Duplex | Self::Source | Self::Sink => 1,
+            Self::SourceAndSink => 2,
+        }
+    }
+}
+
+/// What the VMM tells the shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The process is in its jail; its id in the namespace of the shim.
+    Jailed {
+        /// Process id.
+        pid: u32,
+    },
+    /// The vCPUs run.
+    Running,
+    /// The stream is over: everything that the guest sent has been written, or the reader is gone.
+    StreamClosed {
+        /// The stream's port.
+        port: u32,
+    },
+    /// The VM is gone; the last message.
+    Stopped(Stopped),
+}
+
+/// Why a VM stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stopped {
+    /// The guest reset the machine: an orderly end.
+    Reset,
+    /// The guest kernel panicked; the end of its log.
+    Panic(String),
+    /// Something failed in the VMM: one sentence.
+    Failed(String),
+}

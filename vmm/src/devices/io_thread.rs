@@ -1,0 +1,182 @@
+//! The thread that serves the queues of our own devices and the streams behind vsock.
+//!
+//! One epoll loop. It owns all that it serves: device fronts and the control thread send it
+//! commands, and nothing else touches its state.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use caisson_host::control::Control;
+use caisson_protocol::vmm::{Event, Offer, Stopped};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::ActiveQueue;
+use super::vsock::VsockServer;
+use super::vsock::muxer::{FIRST_TOKEN, Muxer};
+use super::{Activation, Interrupt, rng};
+use crate::filters;
+use crate::machine::stop;
+use crate::memory::GuestMemory;
+
+/// Events taken from epoll at a time.
+const BATCH: usize = 64;
+/// Tokens of what is not a stream; streams count from [`FIRST_TOKEN`].
+const WAKE: u64 = 0;
+const RNG_QUEUE: u64 = 1;
+const VSOCK_RX: u64 = 2;
+const VSOCK_TX: u64 = 3;
+const _: () = assert!(VSOCK_TX < FIRST_TOKEN);
+
+/// Which of the thread's devices an activation is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Server {
+    /// The entropy device.
+    Rng,
+    /// vsock.
+    Vsock,
+}
+
+/// What the thread is told.
+pub enum Command {
+    /// A device's driver is ready.
+    Activate(Server, Activation),
+    /// The guest may open a stream.
+    Offer(Offer, Vec<OwnedFd>),
+    /// End the host's side of a stream.
+    CloseSource(u32),
+}
+
+/// The way to tell the thread.
+#[derive(Clone)]
+pub struct Commands {
+    sender: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Commands {
+    /// Hands a command over.
+    ///
+    /// # Errors
+    /// When the thread is gone, which is when the process ends.
+    pub fn send(&self, command: Command) -> io::Result<()> {
+        self.sender.send(command).map_err(|_| io::Error::other("the device thread is gone"))?;
+        self.wake.write(1)
+    }
+}
+
+struct RngServer {
+    queue: ActiveQueue,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+}
+
+/// The thread's state before and while it runs.
+pub struct IoThread {
+    epoll: Arc<Epoll>,
+    wake: Arc<EventFd>,
+    commands: Receiver<Command>,
+    muxer: Muxer,
+    vsock: Option<VsockServer>,
+    rng: Option<RngServer>,
+}
+
+impl IoThread {
+    /// A thread that is not started yet, and the way to tell it.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn new() -> io::Result<(Self, Commands)> {
+        let epoll = Arc::new(Epoll::new()?);
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
+        let (sender, commands) = channel();
+        let thread = Self { muxer: Muxer::new(Arc::clone(&epoll)), epoll, wake: Arc::clone(&wake), commands, vsock: None, rng: None };
+        Ok((thread, Commands { sender, wake }))
+    }
+
+    /// Starts the thread. When it fails, so does the VM.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn spawn(mut self, control: Arc<Control>) -> io::Result<()> {
+        std::thread::Builder::new().name("devices".into()).spawn(move || {
+            let error = filters::io().map_err(anyhow::Error::from).and_then(|()| self.run(&control).map_err(anyhow::Error::from));
+            if let Err(error) = error {
+                stop(&control, Stopped::Failed(format!("serve devices: {error:#}")));
+            }
+        })?;
+        Ok(())
+    }
+
+    fn run(&mut self, control: &Control) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); BATCH];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            for event in &events[..count] {
+                match event.data() {
+                    WAKE => self.obey()?,
+                    RNG_QUEUE => self.serve_rng(),
+                    VSOCK_RX => self.vsock.iter().for_each(VsockServer::clear_rx_kick),
+                    VSOCK_TX => {
+                        if let Some(vsock) = &mut self.vsock {
+                            vsock.transmit(&mut self.muxer);
+                        }
+                    }
+                    token => self.muxer.ready(token),
+                }
+            }
+            if let Some(vsock) = &mut self.vsock {
+                vsock.fill(&mut self.muxer);
+            }
+            for port in self.muxer.take_closed() {
+                control.send(&Event::StreamClosed { port }, &[], true)?;
+            }
+        }
+    }
+
+    fn obey(&mut self) -> io::Result<()> {
+        // The counter only wakes us; the channel holds the commands.
+        let _ = self.wake.read();
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Offer(offer, fds) => self.muxer.offer(offer, fds)?,
+                Command::CloseSource(port) => self.muxer.close_source(port),
+                Command::Activate(Server::Rng, activation) => self.activate_rng(activation)?,
+                Command::Activate(Server::Vsock, activation) => {
+                    let server = VsockServer::new(activation)?;
+                    self.watch(server.rx_kick(), VSOCK_RX)?;
+                    self.watch(server.tx_kick(), VSOCK_TX)?;
+                    self.vsock = Some(server);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(&self, kick: &EventFd, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
+    }
+
+    fn activate_rng(&mut self, activation: Activation) -> io::Result<()> {
+        let queue = activation.queues.into_iter().next().ok_or(io::ErrorKind::InvalidInput)?;
+        self.watch(queue.kick(), RNG_QUEUE)?;
+        self.rng = Some(RngServer { queue, memory: activation.memory, interrupt: activation.interrupt });
+        Ok(())
+    }
+
+    fn serve_rng(&mut self) {
+        if let Some(RngServer { queue, memory, interrupt }) = &mut self.rng {
+            queue.clear_kick();
+            if rng::serve(queue, memory) {
+                queue.signal(memory, interrupt);
+            }
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! What each thread of the VMM may ask of the kernel once it is set up.
+
+use caisson_host::seccomp::Allow::{Call, CallWith};
+use caisson_host::seccomp::{Allow, SeccompError, install};
+
+/// What Rust's runtime and allocator need in any thread.
+const RUNTIME: &[Allow] = &[
+    Call(libc::SYS_brk),
+    Call(libc::SYS_clock_gettime),
+    Call(libc::SYS_close),
+    Call(libc::SYS_exit),
+    Call(libc::SYS_exit_group),
+    Call(libc::SYS_futex),
+    Call(libc::SYS_getrandom),
+    Call(libc::SYS_madvise),
+    // Memory for the allocator, never executable; shared memory is mapped before the filter.
+    CallWith(libc::SYS_mmap, 2, &[0, 1, 3]),
+    CallWith(libc::SYS_mprotect, 2, &[0, 1, 3]),
+    Call(libc::SYS_mremap),
+    Call(libc::SYS_munmap),
+    Call(libc::SYS_read),
+    Call(libc::SYS_restart_syscall),
+    Call(libc::SYS_rt_sigprocmask),
+    Call(libc::SYS_rt_sigreturn),
+    Call(libc::SYS_sched_getaffinity),
+    Call(libc::SYS_sched_yield),
+    Call(libc::SYS_sendmsg),
+    Call(libc::SYS_sigaltstack),
+    Call(libc::SYS_write),
+];
+
+/// Requests of the shim.
+const CONTROL: &[Allow] = &[Call(libc::SYS_recvmsg)];
+
+/// `KVM_RUN`, and the vhost-user conversation of a device's activation.
+const VCPU: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), Call(libc::SYS_recvmsg)];
+
+/// Queues and streams.
+const IO: &[Allow] = &[
+    Call(libc::SYS_epoll_ctl),
+    Call(libc::SYS_epoll_wait),
+    CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_GETFD as u64]),
+    Call(libc::SYS_readv),
+    Call(libc::SYS_recvfrom),
+    Call(libc::SYS_sendto),
+    Call(libc::SYS_shutdown),
+    Call(libc::SYS_writev),
+];
+
+/// Restricts the main thread, which receives requests.
+pub fn control() -> Result<(), SeccompError> {
+    install("the control thread", &[RUNTIME, CONTROL])
+}
+
+/// Restricts a vCPU's thread.
+pub fn vcpu() -> Result<(), SeccompError> {
+    install("a vCPU thread", &[RUNTIME, VCPU])
+}
+
+/// Restricts the thread that serves queues and streams.
+pub fn io() -> Result<(), SeccompError> {
+    install("the device thread", &[RUNTIME, IO])
+}

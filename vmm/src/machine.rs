@@ -1,0 +1,169 @@
+//! The machine: KVM, memory, devices and vCPUs, put together in the order that they need.
+#![expect(unsafe_code, reason = "KVM takes guest memory by address, and its descriptor by number")]
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use caisson_host::control::Control;
+use caisson_protocol::vmm::{BootConfig, Event, MEMORY_MIB, Stopped, VCPUS};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion};
+
+use crate::devices::io_thread::{Commands, IoThread};
+use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::serial::Serial;
+use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, fs, rng, vsock};
+use crate::memory::{self, GuestMemory, Layout, MMIO_START};
+use crate::{cpuid, filters, kernel, mptable, panic_log, vcpu};
+
+/// The API version that every KVM has had since Linux 2.6.22.
+const KVM_API_VERSION: i32 = 12;
+/// First interrupt line for devices; those below belong to the PC.
+const FIRST_IRQ: u32 = 5;
+/// Interrupt line of the first serial port.
+const SERIAL_IRQ: u32 = 4;
+/// Three pages that Intel's VMX needs to run real mode, out of everything's way.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// What a machine boots from.
+pub struct BootFiles {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// ELF kernel.
+    pub kernel: File,
+    /// cpio archive.
+    pub initramfs: File,
+    /// Guest memory, of the configured size.
+    pub memory: File,
+    /// vhost-user socket of the virtio-fs server.
+    pub fs: OwnedFd,
+    /// Where the serial console is written to.
+    pub console: Option<File>,
+}
+
+/// A machine whose vCPUs do not run yet.
+pub struct Machine {
+    control: Arc<Control>,
+    memory: GuestMemory,
+    layout: Layout,
+    bus: Arc<Bus>,
+    vcpus: Vec<VcpuFd>,
+    io: IoThread,
+    commands: Commands,
+    // The VM lives as long as its descriptor.
+    _vm: VmFd,
+}
+
+impl Machine {
+    /// Builds a machine that stands at the kernel's first instruction.
+    ///
+    /// # Errors
+    /// What could not be done and why, in one sentence.
+    pub fn build(config: &BootConfig, mut files: BootFiles, control: Arc<Control>) -> Result<Self> {
+        ensure!(VCPUS.contains(&config.vcpus), "{} vCPUs: allowed is {} to {}", config.vcpus, VCPUS.start(), VCPUS.end());
+        ensure!(MEMORY_MIB.contains(&config.memory_mib), "{} MiB of memory: allowed is {} to {}", config.memory_mib, MEMORY_MIB.start(), MEMORY_MIB.end());
+        // SAFETY: the descriptor is ours and given up here; Kvm owns it from now on.
+        let kvm = unsafe { Kvm::from_raw_fd(files.kvm.into_raw_fd()) };
+        ensure!(kvm.get_api_version() == KVM_API_VERSION, "/dev/kvm speaks version {} instead of {KVM_API_VERSION}", kvm.get_api_version());
+        let layout = Layout::new(config.memory_mib);
+        let memory = memory::map(files.memory, layout)?;
+        let vm = create_vm(&kvm, &memory)?;
+
+        let (io, commands) = IoThread::new().context("create the device thread")?;
+        let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs)).context("connect to the virtio-fs server")?;
+        let transports = vec![
+            MmioTransport::new(Box::new(vhost_fs), memory.clone())?,
+            MmioTransport::new(Box::new(vsock::Vsock::new(commands.clone())), memory.clone())?,
+            MmioTransport::new(Box::new(rng::Rng::new(commands.clone())), memory.clone())?,
+        ];
+        let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(|index| DeviceSlot { base: MMIO_START + u64::from(index) * MMIO_SIZE, irq: FIRST_IRQ + index }).collect();
+        for (transport, slot) in transports.iter().zip(&slots) {
+            connect(&vm, transport, slot)?;
+        }
+        let serial = files.console.map(Serial::new).transpose().context("create the serial console")?;
+        if let Some(serial) = &serial {
+            vm.register_irqfd(serial.interrupt(), SERIAL_IRQ).context("connect the serial console's interrupt")?;
+        }
+
+        let command_line = kernel::command_line(layout, &slots, config.console, &config.kernel_args);
+        let entry = kernel::load(&memory, layout, &mut files.kernel, &mut files.initramfs, &command_line)?;
+        mptable::write(&memory, config.vcpus as u8).context("write the MP table")?;
+        vcpu::write_boot_tables(&memory)?;
+        let vcpus = create_vcpus(&kvm, &vm, config.vcpus as u8, entry)?;
+        let bus = Arc::new(Bus::new(transports, serial));
+        Ok(Self { control, memory, layout, bus, vcpus, io, commands, _vm: vm })
+    }
+
+    /// Starts the device thread and the vCPUs.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub fn start(self) -> Result<Commands> {
+        let Self { control, memory, layout, bus, vcpus, io, commands, _vm } = self;
+        io.spawn(Arc::clone(&control))?;
+        for (index, mut fd) in vcpus.into_iter().enumerate() {
+            let (control, memory, bus) = (Arc::clone(&control), memory.clone(), Arc::clone(&bus));
+            std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || {
+                    let ended = filters::vcpu().map_err(anyhow::Error::from).and_then(|()| vcpu::run(&mut fd, &bus).map_err(anyhow::Error::from));
+                    let reason = match ended {
+                        Ok(()) => panic_log::read(&memory, layout).map_or(Stopped::Reset, Stopped::Panic),
+                        Err(error) => Stopped::Failed(format!("{error:#}")),
+                    };
+                    stop(&control, reason);
+                })
+                .with_context(|| format!("start the thread of vCPU {index}"))?;
+        }
+        Ok(commands)
+    }
+}
+
+/// Reports why the VM stopped, and ends the process with all its threads.
+pub fn stop(control: &Control, reason: Stopped) -> ! {
+    // When the shim is gone there is nobody left to tell.
+    let _ = control.send(&Event::Stopped(reason), &[], true);
+    std::process::exit(0);
+}
+
+/// Creates the VM with its interrupt controllers, timer and memory.
+fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
+    let vm = kvm.create_vm().context("create a KVM virtual machine")?;
+    vm.set_tss_address(TSS_ADDRESS).context("set the TSS address")?;
+    vm.create_irq_chip().context("create the interrupt controllers")?;
+    vm.create_pit2(kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).context("create the timer")?;
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let host = memory.get_host_address(region.start_addr()).context("find guest memory")?;
+        let region = kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr: region.start_addr().0, memory_size: region.len(), userspace_addr: host as u64 };
+        // SAFETY: the mapping is that of `memory`, which Machine and its threads keep to the process's end.
+        unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")?;
+    }
+    Ok(vm)
+}
+
+/// Lets KVM deliver a device's notifications and interrupts by eventfd.
+fn connect(vm: &VmFd, transport: &MmioTransport, slot: &DeviceSlot) -> Result<()> {
+    vm.register_irqfd(transport.interrupt().eventfd(), slot.irq).context("connect a device's interrupt")?;
+    for (queue, kick) in (0u32..).zip(transport.kicks()) {
+        vm.register_ioevent(kick, &IoEventAddress::Mmio(slot.base + QUEUE_NOTIFY), queue).context("connect a queue's notification")?;
+    }
+    Ok(())
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: kernel::Entry) -> Result<Vec<VcpuFd>> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("ask KVM for its CPUID")?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    (0..count)
+        .map(|index| {
+            let fd = vm.create_vcpu(u64::from(index)).with_context(|| format!("create vCPU {index}"))?;
+            let cpuid = cpuid::for_vcpu(&supported, index, count, tsc_deadline);
+            vcpu::configure(&fd, &cpuid, (index == 0).then_some(entry)).with_context(|| format!("set up vCPU {index}"))?;
+            Ok(fd)
+        })
+        .collect()
+}
+

@@ -1,0 +1,98 @@
+//! `caisson-vmm`: boots one virtual machine from file descriptors and serves it until it ends.
+//!
+//! ```text
+//! main: jail -> receive Boot -> memory -> kernel -> devices -> vCPUs -> serve requests
+//! ```
+//!
+//! The process opens no path: everything arrives on the control socket. It ends when the guest
+//! does, or when the control socket closes, which is how it dies with its shim.
+
+mod cpuid;
+mod devices;
+mod filters;
+mod kernel;
+mod machine;
+mod memory;
+mod mptable;
+mod panic_log;
+mod vcpu;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use caisson_host::control::Control;
+use caisson_host::jail::{Jail, Side, raise_descriptor_limit};
+use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
+
+use crate::devices::io_thread::Command;
+use crate::machine::{BootFiles, Machine};
+
+/// Streams that a pod may have open at once take two descriptors each.
+const DESCRIPTOR_LIMIT: u64 = 8192;
+
+fn main() {
+    let Ok(control) = Control::inherited() else {
+        eprintln!("caisson-vmm is started by containerd-shim-caisson-v2, not by hand");
+        std::process::exit(2);
+    };
+    let control = Arc::new(control);
+    if let Err(error) = run(&control) {
+        // The shim reports it; when the shim is gone there is nobody left to tell.
+        let _ = control.send(&Event::Stopped(Stopped::Failed(format!("{error:#}"))), &[], true);
+        std::process::exit(1);
+    }
+}
+
+fn run(control: &Arc<Control>) -> Result<()> {
+    let id = std::env::args().nth(1).and_then(|id| id.parse().ok()).context("caisson-vmm needs the user id that it runs as")?;
+    match (Jail::Empty { id }).unshare()? {
+        Side::Outside(child) => {
+            control.send(&Event::Jailed { pid: child.as_raw().unsigned_abs() }, &[], true).context("report the jailed process")?;
+            return Ok(());
+        }
+        Side::Inside(inside) => inside.enter()?,
+    }
+    raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
+    let Some((Request::Boot(config), fds)) = control.receive(true).context("receive the boot request")? else {
+        bail!("the shim closed the control socket before the boot request");
+    };
+    let files = boot_files(&config, fds)?;
+    let machine = Machine::build(&config, files, Arc::clone(control))?;
+    let commands = machine.start()?;
+    control.send(&Event::Running, &[], true).context("report that the vCPUs run")?;
+    filters::control()?;
+    serve(control, &commands)
+}
+
+/// Names the descriptors that came with the boot request, in the order that [`Request::Boot`] states.
+fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
+    let expected = 5 + usize::from(config.console);
+    ensure!(fds.len() == expected, "the boot request came with {} descriptors instead of {expected}", fds.len());
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().context("a descriptor is missing");
+    Ok(BootFiles {
+        kvm: next()?,
+        kernel: File::from(next()?),
+        initramfs: File::from(next()?),
+        memory: File::from(next()?),
+        fs: next()?,
+        console: if config.console { Some(File::from(next()?)) } else { None },
+    })
+}
+
+/// Hands requests to the thread that owns the streams, until the shim is gone.
+fn serve(control: &Control, commands: &devices::io_thread::Commands) -> Result<()> {
+    while let Some((request, fds)) = control.receive(true).context("receive a request")? {
+        match request {
+            Request::Boot(_) => bail!("the shim asked twice to boot"),
+            Request::Offer(offer) => {
+                ensure!(fds.len() == offer.ends.fd_count(), "offer of port {} came with {} descriptors instead of {}", offer.port, fds.len(), offer.ends.fd_count());
+                commands.send(Command::Offer(offer, fds))?;
+            }
+            Request::CloseSource { port } => commands.send(Command::CloseSource(port))?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `cargo xtask build`: the release artefacts, in `target/caisson/{bin,libexec,share}`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use caisson_guest_kernel as guest_kernel;
+use xshell::{Shell, cmd};
+
+use crate::{cache, packages, progress};
+
+/// Host programs: package, and folder below `target/caisson`.
+const PROGRAMS: &[&str] = &["containerd-shim-caisson-v2", "caisson-vmm", "caisson-fs", "caisson"];
+const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The top of the source tree.
+pub fn source_dir() -> Result<PathBuf> {
+    Ok(Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("find the source tree")?.to_owned())
+}
+
+/// Builds everything and returns `target/caisson`.
+pub fn all() -> Result<PathBuf> {
+    let sh = Shell::new()?;
+    let top = source_dir()?;
+    sh.change_dir(&top);
+    let mut needed = guest_kernel::BUILD_PACKAGES.to_vec();
+    needed.extend(["busybox-static", "debian-archive-keyring", "e2fsprogs", "libcap-ng-dev", "libseccomp-dev", "linux-source", "pkg-config", "util-linux"]);
+    packages::require_installed(&needed)?;
+
+    let out = top.join("target/caisson");
+    for dir in ["bin", "share"] {
+        sh.create_dir(out.join(dir))?;
+    }
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    progress::step("building the host programs and the agent", || {
+        cmd!(sh, "{cargo} build --quiet --release --package caisson-shim --package caisson-vmm --package caisson-fs --package caisson-ctl").quiet().run().context("build the host programs")?;
+        let _flags = sh.push_env("RUSTFLAGS", "-C target-feature=+crt-static");
+        let _link = sh.push_env("LIBSECCOMP_LINK_TYPE", "static");
+        let _path = sh.push_env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
+        cmd!(sh, "{cargo} build --quiet --release --package caisson-agent --target {AGENT_TARGET}").quiet().run().context("build the agent")
+    })?;
+    for program in PROGRAMS {
+        replace(&sh, &top.join("target/release").join(program), &out.join("bin").join(program))?;
+    }
+    let kernel = kernel()?;
+    replace(&sh, &kernel, &out.join("share/vmlinux"))?;
+    let agent = top.join("target").join(AGENT_TARGET).join("release/caisson-agent");
+    caisson_image_builder::initramfs(&agent, &out.join("share/initramfs"))?;
+    Ok(out)
+}
+
+/// The guest kernel, from the cache when neither fragment nor source changed.
+pub fn kernel() -> Result<PathBuf> {
+    let source = guest_kernel::source()?;
+    let sh = Shell::new()?;
+    let format = "${source:Version}";
+    let version = cmd!(sh, "dpkg-query --show --showformat={format} linux-source").quiet().read().context("ask for the kernel source's version")?;
+    let name = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let key = cache::key([guest_kernel::FRAGMENT.as_bytes(), name.as_bytes(), version.as_bytes(), include_bytes!("../../guest-kernel/src/lib.rs").as_slice()]);
+    let dir = cache::entry("kernel", &key, |dir| {
+        progress::step("building the guest kernel (once a machine, about 8 minutes on two cores)", || {
+            let work = tempfile::Builder::new().prefix("caisson-kernel-").tempdir_in(cache::root()?)?;
+            guest_kernel::build(&source, work.path(), dir)
+        })
+    })?;
+    Ok(dir.join("vmlinux"))
+}
+
+/// Puts a copy of `from` at `to`, also while a program runs from `to`.
+fn replace(sh: &Shell, from: &Path, to: &Path) -> Result<()> {
+    sh.remove_path(to)?;
+    sh.copy_file(from, to).with_context(|| format!("copy {} to {}", from.display(), to.display()))
+}

@@ -1,0 +1,65 @@
+//! The developer's commands. `cargo xtask help` lists them.
+
+mod build;
+mod cache;
+mod install;
+mod node;
+mod packages;
+mod progress;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, tries, tests and measures Caisson")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the release artefacts into target/caisson
+    Build,
+    /// Download and build what the other commands need, so that they start at once
+    Prepare,
+    /// Run a command as root on a node, where KVM works and Caisson is installed
+    Node(node::NodeArgs),
+    /// Install Caisson below a root folder
+    Install {
+        /// The folder to install below
+        #[arg(long, value_name = "DIR", default_value = "/")]
+        root: PathBuf,
+    },
+}
+
+fn main() -> std::process::ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => std::process::ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs one command and returns the exit code.
+fn run(command: Command) -> Result<i32> {
+    match command {
+        Command::Build => build::all().map(|dir| {
+            println!("{}", dir.display());
+            0
+        }),
+        Command::Prepare => {
+            node::prepare()?;
+            Ok(0)
+        }
+        Command::Node(args) => node::run(&args),
+        Command::Install { root } => {
+            install::into(&build::all()?, &root)?;
+            Ok(0)
+        }
+    }
+}

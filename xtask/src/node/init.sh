@@ -1,0 +1,66 @@
+#!/bin/bash
+# PID 1 of a node: brings the machine up to "containerd answers, the image is imported", then
+# waits for a command on the control port. The wait is where the node's saved state is taken.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export HOME=/root TERM=dumb
+control=/dev/port-control out=/dev/port-out err=/dev/port-err
+
+fail() {
+	echo "node: $*" >/dev/console
+	[ -c $control ] && echo "FAIL $*" >$control
+	sync
+	echo o >/proc/sysrq-trigger
+	sleep 60
+}
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666,gid=5,mode=620 pts /dev/pts
+ln -sf pts/ptmx /dev/ptmx
+mount -t tmpfs shm /dev/shm
+mount -t tmpfs -o mode=755 run /run
+mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t debugfs debugfs /sys/kernel/debug
+mount -t tracefs tracefs /sys/kernel/tracing
+ln -sf /proc/self/fd /dev/fd
+mkdir -p /run/lock
+mount --make-rshared /
+mount -t cgroup2 cgroup /sys/fs/cgroup
+mkdir /sys/fs/cgroup/init
+echo $$ >/sys/fs/cgroup/init/cgroup.procs
+for c in $(cat /sys/fs/cgroup/cgroup.controllers); do echo +$c >/sys/fs/cgroup/cgroup.subtree_control; done
+hostname node
+ip link set lo up
+for m in virtio_console kvm-amd kvm-intel tun vhost_net vhost_vsock loop overlay br_netfilter veth bridge; do modprobe -q $m; done
+sysctl -q -w net.ipv4.ip_forward=1 kernel.panic=5
+n=0
+while [ ! -c $control ]; do
+	for p in /sys/class/virtio-ports/*/name; do [ -f "$p" ] && ln -sf "$(basename "${p%/name}")" "/dev/port-$(cat "$p")"; done
+	n=$((n + 1)); [ $n -lt 100 ] || fail "no virtio console port"
+	sleep 0.1
+done
+exec </dev/null >/dev/console 2>&1
+
+# containerd's state must not lie on the overlay that the root is: overlay is no upper of overlay.
+mount -t tmpfs -o size=80% state /var/lib/containerd
+mkdir -p /etc/containerd
+/usr/lib/node/containerd.sh || fail "containerd did not start; see the node's console log"
+
+echo READY >$control
+while read -r verb epoch rest <$control; do [ "$verb" = GO ] && break; done
+date -s "@$epoch" >/dev/null
+mkdir -p /caisson /node /share
+mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 caisson /caisson || fail "mount the build"
+mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 node /node || fail "mount the command"
+mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 share /share || fail "mount the shared folder"
+cp -a /caisson/. / || fail "install Caisson"
+cd /root
+# A process group of its own, so that what the command leaves behind does not hold the node.
+setsid sh /node/command >$out 2>$err
+code=$?
+echo "EXIT $code" >$control
+sync
+echo o >/proc/sysrq-trigger
+sleep 60
