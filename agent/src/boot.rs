@@ -41,6 +41,7 @@ pub fn log(line: &str) {
 /// # Errors
 /// What could not be mounted, and why.
 pub fn mount_all() -> Result<()> {
+    leave_rootfs().context("make the root a mount that can be pivoted from")?;
     for (source, target, kind, flags, options) in MOUNTS {
         std::fs::create_dir_all(target).with_context(|| format!("create {target}"))?;
         mount(Some(*source), *target, Some(*kind), *flags, Some(*options)).with_context(|| format!("mount {target}"))?;
@@ -53,6 +54,21 @@ pub fn mount_all() -> Result<()> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>).context("make mounts shared")?;
     enable_controllers(Path::new("/sys/fs/cgroup"))?;
     network::loopback_up()
+}
+
+/// Lays a bind mount of the root over the root and moves onto it.
+///
+/// The kernel's first mount has no parent, so pivot_root(2), by which containers leave it, refuses
+/// to work from there. The bind mount has one, and nothing is copied.
+fn leave_rootfs() -> Result<()> {
+    const PLACE: &str = "/run/root";
+    std::fs::create_dir_all(PLACE)?;
+    mount(Some("/"), PLACE, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    nix::unistd::chdir(PLACE)?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
+    nix::unistd::chroot(".")?;
+    nix::unistd::chdir("/")?;
+    Ok(())
 }
 
 /// Lets the children of a cgroup use every controller that it has.

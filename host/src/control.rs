@@ -7,6 +7,8 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use caisson_protocol::vmm::{MAX_FDS, MAX_MESSAGE};
 use nix::cmsg_space;
@@ -96,6 +98,20 @@ impl Control {
         }
         let message = serde_json::from_slice(&buffer[..length]).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         Ok(Some((message, fds)))
+    }
+}
+
+/// Lets a program that `command` starts find `fd` at [`CONTROL_FD`]. `fd` must stay open until
+/// the program has been started.
+pub fn pass(command: &mut Command, fd: BorrowedFd<'_>) {
+    let fd = fd.as_raw_fd();
+    // SAFETY: dup2 and fcntl are async-signal-safe, and touch no memory.
+    unsafe {
+        command.pre_exec(move || {
+            // dup2 onto itself would keep the close-on-exec flag.
+            let result = if fd == CONTROL_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, CONTROL_FD) };
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        });
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use cpio::newc::{Builder, ModeFileType, trailer};
 
-/// Writes the guest's initramfs to `target`: `/init` is the agent, `/dev`, `/proc`, `/sys` and
+/// Writes the guest's initramfs to `target`: `/init` is the agent, `/dev` (with `null`), `/proc`, `/sys` and
 /// `/run` are the empty folders that it mounts on.
 pub fn initramfs(agent: &Path, target: &Path) -> Result<()> {
     let program = std::fs::read(agent).with_context(|| format!("read the agent {}", agent.display()))?;
@@ -19,8 +19,18 @@ pub fn initramfs(agent: &Path, target: &Path) -> Result<()> {
     for dir in ["dev", "proc", "run", "sys"] {
         entry(&mut out, &mut inode, dir, ModeFileType::Directory, 0o755, &[])?;
     }
+    null_device(&mut out, &mut inode)?;
     entry(&mut out, &mut inode, "init", ModeFileType::Regular, 0o755, &program)?;
     trailer(&mut out)?;
+    Ok(())
+}
+
+/// `/dev/null`: without a console the kernel starts the agent with no standard streams, and Rust's
+/// runtime fills their places from here before `main` could make the device.
+fn null_device(out: &mut File, inode: &mut u32) -> Result<()> {
+    *inode += 1;
+    let builder = Builder::new("dev/null").ino(*inode).nlink(1).mode(0o666).set_mode_file_type(ModeFileType::Char).rdev_major(1).rdev_minor(3);
+    builder.write(out, 0).finish()?;
     Ok(())
 }
 

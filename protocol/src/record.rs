@@ -23,6 +23,8 @@ pub struct PodRecord {
     pub cgroup: Option<String>,
     /// User id that the VMM runs as, reserved in `<run dir>/uids`.
     pub uid: Option<u32>,
+    /// The shim's socket.
+    pub socket: String,
     /// Containers of the pod.
     pub containers: Vec<String>,
     /// vCPUs and memory of the VM.

@@ -29,6 +29,11 @@ pub enum Request {
         /// The stream's port.
         port: u32,
     },
+    /// Take an offer back, or break the stream that came of it, whatever it still holds.
+    Withdraw {
+        /// The stream's port.
+        port: u32,
+    },
 }
 
 /// The shape of a VM.
@@ -86,6 +91,11 @@ pub enum Event {
     },
     /// The vCPUs run.
     Running,
+    /// The guest has connected to the port.
+    StreamOpened {
+        /// The stream's port.
+        port: u32,
+    },
     /// The stream is over: everything that the guest sent has been written, or the reader is gone.
     StreamClosed {
         /// The stream's port.

@@ -54,7 +54,14 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     io: IoThread,
     commands: Commands,
-    // The VM lives as long as its descriptor.
+    vm: VmFd,
+}
+
+/// A machine whose vCPUs run.
+pub struct Running {
+    /// The way to the device thread.
+    pub commands: Commands,
+    // Closing the VM's descriptor would disconnect every interrupt, whoever else holds the VM.
     _vm: VmFd,
 }
 
@@ -95,15 +102,15 @@ impl Machine {
         vcpu::write_boot_tables(&memory)?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus as u8, entry)?;
         let bus = Arc::new(Bus::new(transports, serial));
-        Ok(Self { control, memory, layout, bus, vcpus, io, commands, _vm: vm })
+        Ok(Self { control, memory, layout, bus, vcpus, io, commands, vm })
     }
 
     /// Starts the device thread and the vCPUs.
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(self) -> Result<Commands> {
-        let Self { control, memory, layout, bus, vcpus, io, commands, _vm } = self;
+    pub fn start(self) -> Result<Running> {
+        let Self { control, memory, layout, bus, vcpus, io, commands, vm } = self;
         io.spawn(Arc::clone(&control))?;
         for (index, mut fd) in vcpus.into_iter().enumerate() {
             let (control, memory, bus) = (Arc::clone(&control), memory.clone(), Arc::clone(&bus));
@@ -119,7 +126,7 @@ impl Machine {
                 })
                 .with_context(|| format!("start the thread of vCPU {index}"))?;
         }
-        Ok(commands)
+        Ok(Running { commands, _vm: vm })
     }
 }
 

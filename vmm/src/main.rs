@@ -60,10 +60,10 @@ fn run(control: &Arc<Control>) -> Result<()> {
     };
     let files = boot_files(&config, fds)?;
     let machine = Machine::build(&config, files, Arc::clone(control))?;
-    let commands = machine.start()?;
+    let running = machine.start()?;
     control.send(&Event::Running, &[], true).context("report that the vCPUs run")?;
     filters::control()?;
-    serve(control, &commands)
+    serve(control, &running.commands)
 }
 
 /// Names the descriptors that came with the boot request, in the order that [`Request::Boot`] states.
@@ -92,6 +92,7 @@ fn serve(control: &Control, commands: &devices::io_thread::Commands) -> Result<(
                 commands.send(Command::Offer(offer, fds))?;
             }
             Request::CloseSource { port } => commands.send(Command::CloseSource(port))?,
+            Request::Withdraw { port } => commands.send(Command::Withdraw(port))?,
         }
     }
     Ok(())

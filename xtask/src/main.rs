@@ -53,6 +53,7 @@ fn run(command: Command) -> Result<i32> {
             0
         }),
         Command::Prepare => {
+            build::all()?;
             node::prepare()?;
             Ok(0)
         }

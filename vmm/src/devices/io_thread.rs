@@ -47,6 +47,8 @@ pub enum Command {
     Offer(Offer, Vec<OwnedFd>),
     /// End the host's side of a stream.
     CloseSource(u32),
+    /// Take an offer back, or break its stream.
+    Withdraw(u32),
 }
 
 /// The way to tell the thread.
@@ -135,6 +137,9 @@ impl IoThread {
             if let Some(vsock) = &mut self.vsock {
                 vsock.fill(&mut self.muxer);
             }
+            for port in self.muxer.take_opened() {
+                control.send(&Event::StreamOpened { port }, &[], true)?;
+            }
             for port in self.muxer.take_closed() {
                 control.send(&Event::StreamClosed { port }, &[], true)?;
             }
@@ -148,6 +153,7 @@ impl IoThread {
             match command {
                 Command::Offer(offer, fds) => self.muxer.offer(offer, fds)?,
                 Command::CloseSource(port) => self.muxer.close_source(port),
+                Command::Withdraw(port) => self.muxer.withdraw(port),
                 Command::Activate(Server::Rng, activation) => self.activate_rng(activation)?,
                 Command::Activate(Server::Vsock, activation) => {
                     let server = VsockServer::new(activation)?;

@@ -11,7 +11,7 @@ use crate::{cache, packages, progress};
 const SUITE: &str = "trixie";
 const PACKAGES: &[&str] = &[
     "acl", "attr", "bash", "busybox-static", "containernetworking-plugins", "coreutils", "e2fsprogs",
-    "fio", "iproute2", "iptables", "jq", "kmod", "linux-image-amd64", "linux-perf", "mount", "nftables",
+    "findutils", "fio", "grep", "gawk", "sed", "diffutils", "iproute2", "iptables", "jq", "kmod", "linux-image-amd64", "linux-perf", "mount", "nftables",
     "procps", "qemu-system-x86", "runc", "socat", "strace", "util-linux", "xz-utils",
 ];
 /// The containerd versions that one Caisson binary has to serve: release, folder. The first is the node's default.

@@ -49,12 +49,13 @@ mkdir -p /etc/containerd
 /usr/lib/node/containerd.sh || fail "containerd did not start; see the node's console log"
 
 echo READY >$control
-while read -r verb epoch rest <$control; do [ "$verb" = GO ] && break; done
+# Without a host at the other end the port reads as ended.
+until read -r verb epoch rest <$control && [ "$verb" = GO ]; do sleep 0.05; done
 date -s "@$epoch" >/dev/null
 mkdir -p /caisson /node /share
-mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 caisson /caisson || fail "mount the build"
-mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 node /node || fail "mount the command"
-mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 share /share || fail "mount the shared folder"
+for tag in caisson node share; do
+	problem=$(busybox mount -t 9p -o trans=virtio,version=9p2000.L,cache=none,msize=512000 $tag /$tag 2>&1) || fail "mount the shared folder $tag: $problem"
+done
 cp -a /caisson/. / || fail "install Caisson"
 cd /root
 # A process group of its own, so that what the command leaves behind does not hold the node.

@@ -111,7 +111,6 @@ fn saved_state(image: &NodeImage, machine: &Machine) -> Result<PathBuf> {
             let mut qemu = Qemu::start(image, machine, &Start::Boot, folders.caisson, folders.node, folders.share)?;
             let mut control = Control::connect(&qemu, BOOT_TIMEOUT)?;
             control.expect_ready(&qemu)?;
-            drop(control);
             qemu.save(&dir.join("state"))
         })
     })?;
@@ -123,7 +122,7 @@ fn start_and_run(image: &NodeImage, machine: &Machine, state: Option<&Path>, fol
         Some(state) => Start::Restore(state.to_owned()),
         None => Start::Boot,
     };
-    let qemu = Qemu::start(image, machine, &start, folders.caisson, folders.node, folders.share)?;
+    let mut qemu = Qemu::start(image, machine, &start, folders.caisson, folders.node, folders.share)?;
     let out = pump(qemu.connect("out", BOOT_TIMEOUT)?, std::io::stdout());
     let err = pump(qemu.connect("err", BOOT_TIMEOUT)?, std::io::stderr());
     let mut control = Control::connect(&qemu, BOOT_TIMEOUT)?;
@@ -135,7 +134,11 @@ fn start_and_run(image: &NodeImage, machine: &Machine, state: Option<&Path>, fol
     let verdict = control.line(None)?;
     let code = match verdict.split_once(' ') {
         Some(("EXIT", code)) => code.trim().parse().context("read the command's exit code")?,
-        _ => bail!("node ended without an exit code ({}); its console:\n{}", verdict.trim(), qemu.console_tail()),
+        _ => {
+            // The console's last lines arrive with the power-off.
+            qemu.has_ended(Duration::from_secs(5));
+            bail!("node ended without an exit code ({}); its console:\n{}", verdict.trim(), qemu.console_tail())
+        }
     };
     qemu.wait(Duration::from_secs(20))?;
     for pump in [out, err] {

@@ -122,7 +122,6 @@ impl Qemu {
         let mut qmp = Qmp { reader: BufReader::new(stream.try_clone()?), writer: stream };
         qmp.next()?;
         qmp.call(r#"{"execute":"qmp_capabilities"}"#)?;
-        qmp.call(r#"{"execute":"stop"}"#)?;
         qmp.call(r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":8589934592}}"#)?;
         qmp.call(&serde_json::json!({"execute": "migrate", "arguments": {"uri": format!("file:{}", file.display())}}).to_string())?;
         poll_until(Duration::from_secs(120), "save the node's state", || {
@@ -136,6 +135,11 @@ impl Qemu {
         qmp.call(r#"{"execute":"quit"}"#)?;
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Whether the node has powered off, or does so within `timeout`.
+    pub fn has_ended(&mut self, timeout: Duration) -> bool {
+        poll_until(timeout, "wait for the node to power off", || Ok(self.child.try_wait()?)).is_ok()
     }
 
     /// Waits for the node to power off; it is killed when that takes longer than `timeout`.

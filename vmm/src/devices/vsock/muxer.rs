@@ -43,13 +43,14 @@ pub struct Muxer {
     /// Streams that may have something to send, each once.
     outgoing: VecDeque<u64>,
     refusals: VecDeque<Header>,
+    opened: Vec<u32>,
     closed: Vec<u32>,
 }
 
 impl Muxer {
     /// No streams; their descriptors are watched by `epoll`.
     pub fn new(epoll: Arc<Epoll>) -> Self {
-        Self { epoll, offers: HashMap::new(), streams: BTreeMap::new(), numbers: HashMap::new(), next_number: 0, outgoing: VecDeque::new(), refusals: VecDeque::new(), closed: Vec::new() }
+        Self { epoll, offers: HashMap::new(), streams: BTreeMap::new(), numbers: HashMap::new(), next_number: 0, outgoing: VecDeque::new(), refusals: VecDeque::new(), opened: Vec::new(), closed: Vec::new() }
     }
 
     /// Lets the guest connect to a port, once.
@@ -95,6 +96,21 @@ impl Muxer {
             source.ready = true;
         }
         self.settle(number);
+    }
+
+    /// Takes an offer back, or breaks the stream that came of it.
+    pub fn withdraw(&mut self, port: u32) {
+        if self.offers.remove(&port).is_some() {
+            self.closed.push(port);
+        } else if let Some((&number, stream)) = self.streams.iter_mut().find(|(_, stream)| stream.host_port == port) {
+            stream.break_off();
+            self.settle(number);
+        }
+    }
+
+    /// The ports that the guest connected to since the last call.
+    pub fn take_opened(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.opened)
     }
 
     /// The ports of streams that ended since the last call.
@@ -150,6 +166,7 @@ impl Muxer {
             (source.closing, source.ready) = (closing, closing);
         }
         self.streams.insert(number, stream);
+        self.opened.push(port);
         self.settle(number);
     }
 

@@ -218,6 +218,12 @@ impl Stream {
         self.flush();
     }
 
+    /// Ends the stream at once, with what it holds.
+    pub fn break_off(&mut self) {
+        self.broken = true;
+        self.buffer.clear();
+    }
+
     fn close_sink(&mut self) {
         if let Some(sink) = self.sink.take() {
             // A pipe ends with its descriptor; a socket that is also the source must be told.

@@ -194,6 +194,25 @@ fn a_closed_source_is_drained_first_also_before_the_guest_comes() {
 }
 
 #[test]
+fn a_withdrawn_stream_ends_whatever_it_holds() {
+    let mut guest = Guest::new();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    guest.offer(Ends::Sink, vec![writer.into()]);
+    guest.muxer.withdraw(PORT);
+    assert_eq!(guest.muxer.take_closed(), [PORT]);
+    guest.send(op::REQUEST, &[]);
+    assert_eq!(guest.ops(), [op::RST]);
+    let (_reader, writer) = std::io::pipe().unwrap();
+    guest.offer(Ends::Sink, vec![writer.into()]);
+    guest.connect();
+    guest.send(op::RW, &[0; 60_000]);
+    guest.send(op::RW, &[0; 60_000]);
+    guest.muxer.withdraw(PORT);
+    assert_eq!(guest.ops(), [op::RST]);
+    assert_eq!(guest.muxer.take_closed(), [PORT]);
+}
+
+#[test]
 fn no_more_is_sent_than_the_guest_has_room_for() {
     let mut guest = Guest::new();
     let (mut ours, theirs) = UnixStream::pair().unwrap();

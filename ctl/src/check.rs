@@ -1,0 +1,106 @@
+//! `caisson check`: can this host run pods, and if not, what is to be done.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use caisson_host::settings;
+use caisson_protocol::config::Config;
+
+use crate::probe;
+
+/// One thing that a pod needs of its host.
+struct Check {
+    what: &'static str,
+    outcome: Result<String>,
+    remedy: &'static str,
+}
+
+/// Prints a line a check, with a remedy for each miss; true when nothing is missing.
+pub fn print(path: &Path) -> bool {
+    let checks = all(path);
+    for check in &checks {
+        match &check.outcome {
+            Ok(found) => println!("ok      {}: {found}", check.what),
+            Err(error) => println!("MISSING {}: {error:#}\n        {}", check.what, check.remedy),
+        }
+    }
+    let missing = checks.iter().filter(|check| check.outcome.is_err()).count();
+    println!("{}", if missing == 0 { "This host can run pods.".to_owned() } else { format!("This host cannot run pods: {missing} of {} checks failed.", checks.len()) });
+    missing == 0
+}
+
+fn all(path: &Path) -> Vec<Check> {
+    let config = settings::load(path);
+    let effective = config.as_ref().cloned().unwrap_or_default();
+    let file = |what, path: &Path, remedy| Check { what, outcome: readable(path), remedy };
+    vec![
+        Check { what: "configuration", outcome: config.map(|_| path.display().to_string()).map_err(Into::into), remedy: "Correct the key that is named; `caisson config` prints the defaults." },
+        Check {
+            what: "KVM runs an unmodified guest",
+            outcome: probe::run_guest().map(|()| "it does".into()),
+            remedy: "Switch on hardware virtualization (SVM or VT-x) in the firmware, or nested virtualization on the hypervisor below; load kvm-amd or kvm-intel; run as root or in the group kvm.",
+        },
+        Check { what: "user namespaces", outcome: user_namespaces(), remedy: "Set the sysctl user.max_user_namespaces above 0: the VMM's jail needs one." },
+        Check { what: "seccomp", outcome: seccomp(), remedy: "Use a kernel with CONFIG_SECCOMP_FILTER." },
+        Check { what: "overlay file system", outcome: filesystem("overlay"), remedy: "Run `modprobe overlay`, or use another snapshotter." },
+        Check { what: "cgroup v2", outcome: cgroup(), remedy: "Boot with systemd.unified_cgroup_hierarchy=1; on cgroup v1 pods run, but are not accounted." },
+        file("guest kernel", &effective.kernel_path, "Run `cargo xtask install`, or set kernel.path."),
+        file("initramfs", &effective.initramfs_path, "Run `cargo xtask install`, or set image.initramfs."),
+        file("virtual machine monitor", &effective.vmm_path, "Run `cargo xtask install`, or set vmm.path."),
+        file("virtio-fs server", &effective.fs_path, "Run `cargo xtask install`, or set fs.path."),
+        Check { what: "shim on the PATH", outcome: shim(), remedy: "Run `cargo xtask install`; containerd looks for the shim on its own PATH." },
+        Check { what: "run folder", outcome: run_dir(&effective), remedy: "Run as root, or set run.dir to a folder that can be written." },
+    ]
+}
+
+fn readable(path: &Path) -> Result<String> {
+    let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+    let meta = file.metadata().with_context(|| path.display().to_string())?;
+    ensure!(meta.is_file() && meta.len() > 0, "{}: it is empty or no file", path.display());
+    Ok(format!("{} ({} KiB)", path.display(), meta.len() / 1024))
+}
+
+fn user_namespaces() -> Result<String> {
+    let path = "/proc/sys/user/max_user_namespaces";
+    let text = std::fs::read_to_string(path).context(path)?;
+    let count: u64 = text.trim().parse().context(path)?;
+    ensure!(count > 0, "{path} is 0");
+    Ok(format!("up to {count}"))
+}
+
+fn seccomp() -> Result<String> {
+    let path = "/proc/sys/kernel/seccomp/actions_avail";
+    let actions = std::fs::read_to_string(path).context(path)?;
+    ensure!(actions.contains("kill_process"), "{path} does not list kill_process");
+    Ok("filters are available".into())
+}
+
+fn filesystem(name: &str) -> Result<String> {
+    let known = std::fs::read_to_string("/proc/filesystems").context("/proc/filesystems")?;
+    ensure!(known.lines().any(|line| line.split_whitespace().last() == Some(name)), "the kernel does not know {name}");
+    Ok("available".into())
+}
+
+fn cgroup() -> Result<String> {
+    let path = "/sys/fs/cgroup/cgroup.controllers";
+    let controllers = std::fs::read_to_string(path).context("cgroup v2 is not mounted at /sys/fs/cgroup")?;
+    Ok(controllers.trim().to_owned())
+}
+
+fn shim() -> Result<String> {
+    let name = "containerd-shim-caisson-v2";
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file());
+    found.map(|file| file.display().to_string()).with_context(|| format!("{name} is not on the PATH"))
+}
+
+fn run_dir(config: &Config) -> Result<String> {
+    let dir = &config.run_dir;
+    std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    let probe = dir.join(".check");
+    if let Err(error) = std::fs::write(&probe, "") {
+        bail!("{}: {error}", dir.display());
+    }
+    std::fs::remove_file(&probe).with_context(|| dir.display().to_string())?;
+    Ok(dir.display().to_string())
+}

@@ -1,0 +1,188 @@
+//! The agent in the guest, as the shim calls it: every call has a time-out and ends with the machine.
+
+use std::future::Future;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use caisson_protocol::VERSION;
+use caisson_protocol::agent::{
+    AgentClient, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio,
+    UpdateRequest,
+};
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::Context as CallContext;
+
+use crate::errors::{Error, Result};
+use crate::vmm::Ended;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// 0-255; 128 + signal for a killed process.
+    pub status: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+impl Exit {
+    /// Of a process whose machine is gone: as if killed, now.
+    pub fn killed() -> Self {
+        Self { status: 128 + libc::SIGKILL.unsigned_abs(), at: SystemTime::now() }
+    }
+}
+
+/// From a broken connection to the monitor's last words.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// The way to the agent.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    ended: Ended,
+    timeout: Duration,
+}
+
+impl Agent {
+    /// Speaks over a socket that the guest will connect to.
+    ///
+    /// # Errors
+    /// When the socket cannot be watched.
+    pub fn new(socket: UnixStream, ended: Ended, timeout: Duration) -> anyhow::Result<Self> {
+        socket.set_nonblocking(true).context("prepare the agent's socket")?;
+        let socket = tokio::net::UnixStream::from_std(socket).context("watch the agent's socket")?;
+        Ok(Self { client: AgentClient::new(Client::new(Socket::new(socket))), ended, timeout })
+    }
+
+    /// Waits for an answer as long as the machine runs.
+    async fn until_ended<T>(&self, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
+        let mut ended = self.ended.clone();
+        let answer = tokio::select! {
+            biased;
+            answer = call => Some(answer),
+            _ = ended.wait_for(Option::is_some) => None,
+        };
+        match answer {
+            Some(Ok(answer)) => Ok(answer),
+            Some(Err(error @ ttrpc::Error::RpcStatus(_))) => Err(error.into()),
+            // The connection broke. That the machine is gone, and why, is known in a moment.
+            Some(Err(error)) => match tokio::time::timeout(LAST_WORDS, ended.wait_for(Option::is_some)).await {
+                Ok(_) => Err(self.gone()),
+                Err(_) => Err(error.into()),
+            },
+            None => Err(self.gone()),
+        }
+    }
+
+    fn gone(&self) -> Error {
+        Error::Gone(format!("the pod's machine is gone: {}", self.ended.borrow().as_deref().unwrap_or("for no known reason")))
+    }
+
+    async fn call<T>(&self, what: &str, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
+        match tokio::time::timeout(self.timeout, self.until_ended(call)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Error::Timeout(format!("{what}: the guest's agent did not answer within {} ms", self.timeout.as_millis()))),
+        }
+    }
+
+    /// Exchanges versions and hands over time and name. The caller bounds the wait.
+    pub async fn hello(&self, hostname: &str) -> Result<HelloResponse> {
+        let time_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(0));
+        let request = HelloRequest { version: VERSION.into(), time_ns, hostname: hostname.to_owned(), ..HelloRequest::default() };
+        let answer = self.until_ended(self.client.hello(none(), &request)).await?;
+        if answer.version != VERSION {
+            return Err(Error::Precondition(format!("the shim is version {VERSION} and the agent in the initramfs is version {}; install both from one build", answer.version)));
+        }
+        Ok(answer)
+    }
+
+    /// Whether the agent answers.
+    pub async fn ping(&self) -> Result<()> {
+        self.call("health check", self.client.ping(none(), &Empty::new())).await.map(drop)
+    }
+
+    /// Makes a container.
+    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<()> {
+        let request = CreateContainerRequest { id: id.to_owned(), spec, stdio: Some(stdio).into(), ..CreateContainerRequest::default() };
+        self.call("create the container", self.client.create_container(none(), &request)).await.map(drop)
+    }
+
+    /// Registers an exec.
+    pub async fn create_exec(&self, container: &str, exec: &str, process: Vec<u8>, stdio: Stdio) -> Result<()> {
+        let request = CreateExecRequest { container: container.to_owned(), exec: exec.to_owned(), process, stdio: Some(stdio).into(), ..CreateExecRequest::default() };
+        self.call("create the exec", self.client.create_exec(none(), &request)).await.map(drop)
+    }
+
+    /// Starts a container or exec.
+    pub async fn start(&self, container: &str, exec: &str) -> Result<()> {
+        self.call("start the process", self.client.start(none(), &process(container, exec))).await.map(drop)
+    }
+
+    /// Waits for a process's exit, however long it runs.
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
+        let answer = self.until_ended(self.client.wait(none(), &process(container, exec))).await?;
+        Ok(Exit { status: answer.exit_status, at: UNIX_EPOCH + Duration::from_nanos(answer.exited_at_ns) })
+    }
+
+    /// Waits until the container runs out of memory, however long that takes.
+    pub async fn wait_oom(&self, container: &str) -> Result<()> {
+        self.until_ended(self.client.wait_oom(none(), &named(container))).await.map(drop)
+    }
+
+    /// Sends a signal.
+    pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let request = SignalRequest { container: container.to_owned(), exec: exec.to_owned(), signal, all, ..SignalRequest::default() };
+        self.call("send the signal", self.client.signal(none(), &request)).await.map(drop)
+    }
+
+    /// Resizes a terminal.
+    pub async fn resize(&self, container: &str, exec: &str, columns: u32, rows: u32) -> Result<()> {
+        let request = ResizeRequest { container: container.to_owned(), exec: exec.to_owned(), columns, rows, ..ResizeRequest::default() };
+        self.call("resize the terminal", self.client.resize(none(), &request)).await.map(drop)
+    }
+
+    /// Processes of a container.
+    pub async fn pids(&self, container: &str) -> Result<Vec<ProcessInfo>> {
+        self.call("list the processes", self.client.pids(none(), &named(container))).await.map(|answer| answer.processes)
+    }
+
+    /// Counters of a container.
+    pub async fn stats(&self, container: &str) -> Result<StatsResponse> {
+        self.call("read the statistics", self.client.stats(none(), &named(container))).await
+    }
+
+    /// New limits for a container.
+    pub async fn update(&self, container: &str, resources: Vec<u8>) -> Result<()> {
+        let request = UpdateRequest { container: container.to_owned(), resources, ..UpdateRequest::default() };
+        self.call("update the limits", self.client.update(none(), &request)).await.map(drop)
+    }
+
+    /// Stops or continues all processes of a container.
+    pub async fn freeze(&self, container: &str, frozen: bool) -> Result<()> {
+        let request = named(container);
+        if frozen {
+            self.call("pause the container", self.client.pause(none(), &request)).await.map(drop)
+        } else {
+            self.call("resume the container", self.client.resume(none(), &request)).await.map(drop)
+        }
+    }
+
+    /// Forgets an exec or removes a container.
+    pub async fn delete(&self, container: &str, exec: &str) -> Result<()> {
+        self.call("delete the process", self.client.delete(none(), &process(container, exec))).await.map(drop)
+    }
+}
+
+/// Time-outs are ours, not the wire's.
+fn none() -> CallContext {
+    CallContext::default()
+}
+
+fn process(container: &str, exec: &str) -> ProcessRequest {
+    ProcessRequest { container: container.to_owned(), exec: exec.to_owned(), ..ProcessRequest::default() }
+}
+
+fn named(container: &str) -> ContainerRequest {
+    ContainerRequest { container: container.to_owned(), ..ContainerRequest::default() }
+}

@@ -1,0 +1,42 @@
+//! `delete`: undoes what the record of a pod names whose shim is dead or never answered.
+//!
+//! containerd runs it after a kill -9 of the shim, after a crash, and after a start that failed.
+//! It may find anything from nothing to all of a pod, and may run twice.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result};
+use caisson_host::settings;
+use caisson_protocol::config;
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::{Message, MessageField};
+
+use crate::agent::Exit;
+use crate::bootstrap::socket_path;
+use crate::events::timestamp;
+use crate::flags::Flags;
+use crate::{spec, store};
+
+/// Undoes the pod and prints the exit that containerd reports for its tasks.
+///
+/// # Errors
+/// What could not be undone.
+pub fn delete(flags: &Flags) -> Result<()> {
+    let bundle = if flags.bundle.is_empty() { std::env::current_dir().context("find the bundle")? } else { PathBuf::from(&flags.bundle) };
+    // A bundle that is gone or broken belongs to no other pod.
+    let pod = spec::pod_of(&bundle.join("config.json")).ok().flatten().unwrap_or_else(|| flags.id.clone());
+    let socket = socket_path(&flags.address, &flags.namespace, &pod);
+    let alive = UnixStream::connect(&socket).is_ok();
+    // A container of a pod that lives is the pod's shim's business; so is a pod that lives.
+    if !(alive && pod != flags.id) {
+        let config = settings::load(Path::new(config::PATH)).unwrap_or_default();
+        store::undo(&config.run_dir, &flags.namespace, &pod)?;
+        let _ = std::fs::remove_file(&socket);
+    }
+    let exit = Exit::killed();
+    let response = DeleteResponse { exit_status: exit.status, exited_at: MessageField::some(timestamp(SystemTime::now())), ..DeleteResponse::default() };
+    std::io::stdout().write_all(&response.write_to_bytes()?).context("print the answer")
+}

@@ -1,0 +1,140 @@
+//! A container of the pod: its folder in the share, its processes.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR};
+use containerd_shim_protos::types::mount::Mount;
+use nix::mount::MsFlags;
+
+use crate::errors::{self, Error};
+use crate::mounts;
+use crate::process::Process;
+use crate::spec::{Bind, Spec};
+use crate::store::{remove_empty_tree, unmount_below};
+
+/// A container.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// containerd's folder for it.
+    pub bundle: String,
+    /// Its own process.
+    pub init: Arc<Process>,
+    /// Whether it is paused.
+    pub paused: AtomicBool,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+impl Container {
+    /// A container with its own process.
+    pub fn new(id: &str, bundle: &str, init: Arc<Process>) -> Self {
+        Self { id: id.to_owned(), bundle: bundle.to_owned(), init, paused: AtomicBool::new(false), execs: Mutex::default() }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A process by its exec id; empty for the container's own.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn process(&self, exec: &str) -> errors::Result<Arc<Process>> {
+        if exec.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        self.execs().get(exec).cloned().ok_or_else(|| Error::NotFound(format!("exec {exec} of container {}", self.id)))
+    }
+
+    /// Adds an exec.
+    ///
+    /// # Errors
+    /// When its id is in use.
+    pub fn add_exec(&self, process: Arc<Process>) -> errors::Result<()> {
+        let mut execs = self.execs();
+        if execs.contains_key(&process.exec) {
+            return Err(Error::AlreadyExists(format!("exec {} of container {}", process.exec, self.id)));
+        }
+        execs.insert(process.exec.clone(), process);
+        Ok(())
+    }
+
+    /// Whether an exec id is in use.
+    pub fn has_exec(&self, exec: &str) -> bool {
+        self.execs().contains_key(exec)
+    }
+
+    /// Forgets an exec.
+    pub fn remove_exec(&self, exec: &str) {
+        self.execs().remove(exec);
+    }
+}
+
+/// A container's folder in the share; its mounts come off when it is dropped unless kept.
+pub struct ShareFolder {
+    path: PathBuf,
+    kept: bool,
+}
+
+impl ShareFolder {
+    /// Mounts a container's root file system and its bind mounts into the share.
+    ///
+    /// # Errors
+    /// What could not be mounted, and why.
+    pub fn make(share: &Path, container: &str, spec: &Spec, bundle: &Path, rootfs: &[Mount], binds: &[Bind]) -> Result<Self> {
+        let folder = Self { path: share.join(container), kept: false };
+        let root = folder.path.join(ROOTFS_DIR);
+        std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
+        if rootfs.is_empty() {
+            let source = spec.root_path(bundle);
+            mounts::bind(&source, &root, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_NODEV).with_context(|| format!("bind the root file system {}", source.display()))?;
+        } else {
+            mounts::mount_rootfs(rootfs, &root)?;
+        }
+        for bind in binds {
+            folder.bind(bind)?;
+        }
+        Ok(folder)
+    }
+
+    fn bind(&self, bind: &Bind) -> Result<()> {
+        let source = &bind.source;
+        let what = || format!("bind mount of {}", source.display());
+        let target = self.path.join(MOUNTS_DIR).join(&bind.name);
+        let kind = std::fs::metadata(source).with_context(what)?;
+        if kind.is_dir() {
+            std::fs::create_dir_all(&target).with_context(what)?;
+        } else {
+            std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
+            std::fs::File::create(&target).with_context(what)?;
+        }
+        let recursive = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+        mounts::bind(source, &target, MsFlags::MS_BIND | MsFlags::MS_NODEV | recursive).with_context(what)
+    }
+
+    /// Leaves the mounts in place.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for ShareFolder {
+    fn drop(&mut self) {
+        if !self.kept && let Err(error) = remove_share_folder(&self.path) {
+            log::error!("{error:#}");
+        }
+    }
+}
+
+/// Takes a container's folder out of the share.
+///
+/// # Errors
+/// What could not be unmounted or removed.
+pub fn remove_share_folder(path: &Path) -> Result<()> {
+    unmount_below(path)?;
+    remove_empty_tree(path)
+}

@@ -1,0 +1,268 @@
+//! A process's standard streams on the host: containerd's FIFOs and log URIs, as descriptors.
+//!
+//! The VMM writes the guest's output straight into the FIFO, so not a byte passes through the
+//! shim. We keep a reading end of each output FIFO open: when containerd restarts, its reader
+//! goes away and comes back, and the container must not be killed by SIGPIPE meanwhile.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use caisson_protocol::agent::Stdio as Ports;
+use caisson_protocol::vmm::{Ends, Offer};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// For a logging program to say that it is ready.
+const LOGGER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What containerd asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Paths {
+    /// One terminal instead of three streams.
+    pub terminal: bool,
+    /// FIFO, or empty.
+    pub stdin: String,
+    /// FIFO, `binary:`, `file:` or `fifo:` URI, or empty.
+    pub stdout: String,
+    /// Likewise.
+    pub stderr: String,
+}
+
+/// Streams that are open on the host and not offered to the guest yet.
+pub struct Opened {
+    /// What the guest connects to.
+    pub ports: Ports,
+    /// What the VMM is to be told, with its descriptors.
+    pub offers: Vec<(Offer, Vec<OwnedFd>)>,
+    /// Reading ends that keep output FIFOs open.
+    pub keepers: Vec<OwnedFd>,
+}
+
+/// Opens the streams of a process, with ports from `next_port`.
+///
+/// # Errors
+/// Which stream could not be opened, and why.
+pub fn open(paths: &Paths, container: &str, namespace: &str, mut next_port: impl FnMut() -> u32) -> Result<Opened> {
+    let mut opened = Opened { ports: Ports { terminal: paths.terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new() };
+    let source = if paths.stdin.is_empty() { None } else { Some(open_source(&paths.stdin).with_context(|| format!("open standard input {}", paths.stdin))?) };
+    let (stdout, stderr) = open_sinks(paths, container, namespace, &mut opened.keepers)?;
+    let mut offer = |ends: Ends, fds: Vec<OwnedFd>| {
+        let port = next_port();
+        opened.offers.push((Offer { port, ends }, fds));
+        port
+    };
+    if paths.terminal {
+        opened.ports.stdin = match (source, stdout) {
+            (Some(source), Some(sink)) => offer(Ends::SourceAndSink, vec![source, sink]),
+            (Some(source), None) => offer(Ends::Source, vec![source]),
+            (None, Some(sink)) => offer(Ends::Sink, vec![sink]),
+            (None, None) => 0,
+        };
+        return Ok(opened);
+    }
+    opened.ports.stdin = source.map_or(0, |source| offer(Ends::Source, vec![source]));
+    opened.ports.stdout = stdout.map_or(0, |sink| offer(Ends::Sink, vec![sink]));
+    opened.ports.stderr = stderr.map_or(0, |sink| offer(Ends::Sink, vec![sink]));
+    Ok(opened)
+}
+
+impl Opened {
+    /// The port whose source is standard input, if there is one.
+    pub fn input_port(&self) -> Option<u32> {
+        self.offers.iter().find(|(offer, _)| matches!(offer.ends, Ends::Source | Ends::SourceAndSink)).map(|(offer, _)| offer.port)
+    }
+
+    /// The ports that carry output.
+    pub fn output_ports(&self) -> Vec<u32> {
+        self.offers.iter().filter(|(offer, _)| matches!(offer.ends, Ends::Sink | Ends::SourceAndSink)).map(|(offer, _)| offer.port).collect()
+    }
+}
+
+/// Opens for reading without waiting for a writer.
+fn open_source(path: &str) -> Result<OwnedFd> {
+    Ok(std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?.into())
+}
+
+type Sinks = (Option<OwnedFd>, Option<OwnedFd>);
+
+fn open_sinks(paths: &Paths, container: &str, namespace: &str, keepers: &mut Vec<OwnedFd>) -> Result<Sinks> {
+    if let Some(uri) = paths.stdout.strip_prefix("binary:") {
+        // One program takes both streams.
+        let (stdout, stderr) = start_logger(uri, container, namespace).with_context(|| format!("start the logging program {}", paths.stdout))?;
+        return Ok((Some(stdout), (!paths.terminal).then_some(stderr)));
+    }
+    let mut sink = |what: &str, path: &str| -> Result<Option<OwnedFd>> {
+        if path.is_empty() {
+            return Ok(None);
+        }
+        open_sink(path, keepers).with_context(|| format!("open standard {what} {path}")).map(Some)
+    };
+    let stdout = sink("output", &paths.stdout)?;
+    let stderr = if paths.terminal { None } else { sink("error", &paths.stderr)? };
+    Ok((stdout, stderr))
+}
+
+fn open_sink(path: &str, keepers: &mut Vec<OwnedFd>) -> Result<OwnedFd> {
+    if let Some(path) = path.strip_prefix("file:") {
+        return open_file(uri_path(path));
+    }
+    let path = path.strip_prefix("fifo:").map_or(path, uri_path);
+    // A reader first, so that opening for writing does not wait for containerd's.
+    let keeper = open_source(path)?;
+    let writer = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+    keepers.push(keeper);
+    Ok(writer.into())
+}
+
+/// The path of a URI, without authority and query.
+fn uri_path(rest: &str) -> &str {
+    let path = rest.strip_prefix("//").unwrap_or(rest);
+    path.split('?').next().unwrap_or(path)
+}
+
+/// A pipe whose content a thread appends to a file: a file cannot be waited for, so the VMM must
+/// not write to one.
+fn open_file(path: &str) -> Result<OwnedFd> {
+    if let Some(folder) = Path::new(path).parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    }
+    let mut file = std::fs::OpenOptions::new().append(true).create(true).open(path)?;
+    let (mut reader, writer) = std::io::pipe()?;
+    let path = path.to_owned();
+    std::thread::Builder::new().name("log-file".into()).spawn(move || {
+        if let Err(error) = std::io::copy(&mut reader, &mut file) {
+            log::error!("write log file {path}: {error}");
+        }
+    })?;
+    Ok(writer.into())
+}
+
+/// Starts a logging program (containerd `core/runtime/v2/README.md`, "Logging"): descriptors 3
+/// and 4 are the container's output, 5 is closed by the program when it is ready.
+#[expect(unsafe_code, reason = "the program's descriptors have fixed numbers")]
+fn start_logger(uri: &str, container: &str, namespace: &str) -> Result<(OwnedFd, OwnedFd)> {
+    let (stdout_reader, stdout) = std::io::pipe()?;
+    let (stderr_reader, stderr) = std::io::pipe()?;
+    let (mut ready, ready_writer) = std::io::pipe()?;
+    let mut command = Command::new(uri_path(uri));
+    if let Some((_, query)) = uri.split_once('?') {
+        for pair in query.split('&') {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            command.arg(key).arg(value);
+        }
+    }
+    command.env("CONTAINER_ID", container).env("CONTAINER_NAMESPACE", namespace).stdin(Stdio::null());
+    let fds = [stdout_reader.as_raw_fd(), stderr_reader.as_raw_fd(), ready_writer.as_raw_fd()];
+    // SAFETY: only async-signal-safe calls; the descriptors live until the child has been started.
+    unsafe {
+        command.pre_exec(move || {
+            // Out of the way first: a target number may be one of the sources.
+            let mut high = [0; 3];
+            for (slot, fd) in high.iter_mut().zip(fds) {
+                *slot = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10);
+            }
+            for (target, fd) in (3..).zip(high) {
+                if libc::dup2(fd, target) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    let mut child = command.spawn()?;
+    drop(ready_writer);
+    let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&ready), PollFlags::POLLIN)];
+    if poll(&mut fds, PollTimeout::try_from(LOGGER_TIMEOUT).unwrap_or(PollTimeout::MAX))? == 0 {
+        let _ = child.kill();
+        bail!("it was not ready within {} s", LOGGER_TIMEOUT.as_secs());
+    }
+    let mut byte = [0];
+    let _ = ready.read(&mut byte)?;
+    // It ends when its pipes do; somebody has to collect it.
+    std::thread::Builder::new().name("logger".into()).spawn(move || child.wait())?;
+    Ok((File::from(OwnedFd::from(stdout)).into(), File::from(OwnedFd::from(stderr)).into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn fifo(dir: &Path, name: &str) -> String {
+        let path = dir.join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path.to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn opening_does_not_wait_for_the_other_side() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths { terminal: false, stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new() };
+        let mut port = 10;
+        let opened = open(&paths, "c", "n", || {
+            port += 1;
+            port
+        })
+        .unwrap();
+        assert_eq!((opened.ports.stdin, opened.ports.stdout, opened.ports.stderr), (11, 12, 0));
+        assert_eq!((opened.input_port(), opened.output_ports()), (Some(11), vec![12]));
+    }
+
+    #[test]
+    fn a_terminal_is_one_stream() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths { terminal: true, stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new() };
+        let opened = open(&paths, "c", "n", || 7).unwrap();
+        assert_eq!(opened.offers.len(), 1);
+        assert_eq!((opened.offers[0].0.ends, opened.offers[0].1.len()), (Ends::SourceAndSink, 2));
+    }
+
+    #[test]
+    fn a_missing_fifo_is_named() {
+        let paths = Paths { stdout: "/no/such/fifo".into(), ..Paths::default() };
+        let Err(error) = open(&paths, "c", "n", || 1) else { panic!("opened what is not there") };
+        assert!(error.to_string().contains("/no/such/fifo"));
+    }
+
+    #[test]
+    fn a_file_uri_appends_to_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("logs/c.log");
+        let paths = Paths { stdout: format!("file://{}", path.display()), ..Paths::default() };
+        let mut opened = open(&paths, "c", "n", || 1).unwrap();
+        let mut writer = File::from(opened.offers.remove(0).1.remove(0));
+        writer.write_all(b"line\n").unwrap();
+        drop(writer);
+        for _ in 0..500 {
+            if std::fs::read(&path).unwrap() == b"line\n" {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the line did not reach the file");
+    }
+
+    #[test]
+    fn a_logging_program_gets_output_and_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let (script, out) = (dir.path().join("logger"), dir.path().join("out"));
+        std::fs::write(&script, "#!/bin/sh\nexec 5>&-\necho $CONTAINER_NAMESPACE/$CONTAINER_ID $1=$2 > \"$2\"; cat <&3 >> \"$2\"\n").unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let (stdout, stderr) = start_logger(&format!("//{}?out={}", script.display(), out.display()), "c", "n").unwrap();
+        drop(stderr);
+        File::from(stdout).write_all(b"hello\n").unwrap();
+        for _ in 0..500 {
+            if std::fs::read_to_string(&out).is_ok_and(|text| text == format!("n/c out={}\nhello\n", out.display())) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the logger did not get the line");
+    }
+}

@@ -1,0 +1,255 @@
+//! What a pod keeps on disk: its folder, its record, the user id that its VMM runs as.
+//!
+//! The record is written before what it names is acquired, so that `delete` after a kill -9 finds
+//! at least all that exists.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail};
+use caisson_host::records::{self, UIDS};
+use caisson_protocol::record::{PodRecord, ProcessRecord};
+use nix::mount::{MntFlags, umount2};
+
+/// A pod's folder and record.
+pub struct Store {
+    run_dir: PathBuf,
+    dir: PathBuf,
+    record: Mutex<PodRecord>,
+}
+
+impl Store {
+    /// Makes the folder of a new pod.
+    ///
+    /// # Errors
+    /// When the run dir cannot be written.
+    pub fn create(run_dir: &Path, record: PodRecord) -> Result<Self> {
+        let dir = records::pod_dir(run_dir, &record.namespace, &record.pod);
+        std::fs::create_dir_all(dir.join("share")).with_context(|| format!("create the pod's folder {}", dir.display()))?;
+        let store = Self { run_dir: run_dir.to_owned(), dir, record: Mutex::new(record) };
+        store.change(|_| ())?;
+        Ok(store)
+    }
+
+    /// The pod's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The tree that the guest sees.
+    pub fn share(&self) -> PathBuf {
+        self.dir.join("share")
+    }
+
+    /// Changes the record, on disk first.
+    ///
+    /// # Errors
+    /// When the disk is full, say.
+    pub fn change(&self, change: impl FnOnce(&mut PodRecord)) -> Result<()> {
+        let mut record = self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut changed = record.clone();
+        change(&mut changed);
+        records::write(&self.dir, &changed).with_context(|| format!("write the pod's record in {}", self.dir.display()))?;
+        *record = changed;
+        Ok(())
+    }
+
+    /// Adds a process to the record.
+    ///
+    /// # Errors
+    /// As [`Store::change`].
+    pub fn add_process(&self, role: &str, pid: u32) -> Result<()> {
+        let process = records::process(role, pid);
+        self.change(|record| record.processes.push(process))
+    }
+
+    /// Reserves a user id that no other pod of this host has.
+    ///
+    /// # Errors
+    /// When all are taken.
+    pub fn reserve_uid(&self, base: u32, count: u32) -> Result<u32> {
+        let uids = self.run_dir.join(UIDS);
+        std::fs::create_dir_all(&uids).with_context(|| format!("create {}", uids.display()))?;
+        // Starting at the process id spreads pods that start at once.
+        let first = std::process::id() % count;
+        for offset in 0..count {
+            let uid = base + (first + offset) % count;
+            // On record first: releasing an id that was not taken by us is prevented by the file's content.
+            let path = uids.join(uid.to_string());
+            match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
+                Ok(mut file) => {
+                    let owner = self.dir.to_string_lossy().into_owned();
+                    std::io::Write::write_all(&mut file, owner.as_bytes()).with_context(|| format!("write {}", path.display()))?;
+                    self.change(|record| record.uid = Some(uid))?;
+                    return Ok(uid);
+                }
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error).with_context(|| format!("reserve user id {uid}")),
+            }
+        }
+        bail!("all {count} user ids for virtual machines are taken; set vmm.uid_count higher")
+    }
+}
+
+/// Undoes everything that a pod's record names, and removes its folder. What is gone already is
+/// no error; everything is tried, and the first failure is reported.
+///
+/// # Errors
+/// What could not be removed.
+pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
+    let dir = records::pod_dir(run_dir, namespace, pod);
+    let record = records::read(&dir).unwrap_or_default();
+    let mut outcome = Ok(());
+    let mut note = |result: Result<()>| {
+        if outcome.is_ok() {
+            outcome = result;
+        }
+    };
+    if let Some(record) = record {
+        record.processes.iter().filter(|process| process.pid != std::process::id()).for_each(kill);
+        if let Some(cgroup) = &record.cgroup {
+            note(crate::cgroup::remove(cgroup, namespace));
+        }
+        if let Some(uid) = record.uid {
+            let path = run_dir.join(UIDS).join(uid.to_string());
+            // Only when it is ours: a killed shim may have recorded an id that it never got.
+            if std::fs::read_to_string(&path).is_ok_and(|owner| owner == dir.to_string_lossy()) {
+                note(std::fs::remove_file(&path).with_context(|| format!("release user id {uid}")));
+            }
+        }
+    }
+    note(unmount_below(&dir));
+    note(remove_empty_tree(&dir));
+    // The namespace's folder goes with its last pod; another pod in it keeps it.
+    let _ = std::fs::remove_dir(run_dir.join(namespace));
+    outcome
+}
+
+/// Kills a process of the pod, if it is still that one.
+fn kill(process: &ProcessRecord) {
+    if records::is_alive(process) {
+        // It may end by itself meanwhile.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid.cast_signed()), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// Detaches every mount at or below a folder, the innermost first.
+///
+/// # Errors
+/// When a mount does not come off.
+pub fn unmount_below(dir: &Path) -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
+    let mut points: Vec<PathBuf> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point))).filter(|point| point.starts_with(dir)).collect();
+    points.reverse();
+    for point in points {
+        match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            // Not a mount any more: it went with its parent.
+            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+            Err(error) => return Err(error).with_context(|| format!("unmount {}", point.display())),
+        }
+    }
+    Ok(())
+}
+
+/// The kernel writes blanks and backslashes in mountinfo in octal.
+fn unescape(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('\\') {
+        out.push_str(before);
+        match after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                out.push(char::from(byte));
+                rest = &after[3..];
+            }
+            None => {
+                out.push('\\');
+                rest = after;
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Removes a tree of folders and our own small files.
+///
+/// It never crosses into a mount that would not come off: a folder that is not empty of anything
+/// but folders and empty files is an error, so a container's data is never deleted.
+///
+/// # Errors
+/// What could not be removed.
+pub fn remove_empty_tree(dir: &Path) -> Result<()> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("read {}", dir.display())),
+    };
+    for entry in entries {
+        let entry = entry.with_context(|| format!("read {}", dir.display()))?;
+        let path = entry.path();
+        if entry.file_type().with_context(|| format!("look at {}", path.display()))?.is_dir() {
+            remove_empty_tree(&path)?;
+            continue;
+        }
+        let ours = entry.metadata().is_ok_and(|meta| meta.len() == 0) || entry.file_name().to_string_lossy().ends_with("record.json");
+        if !ours {
+            bail!("remove {}: it is not ours; is it still mounted?", path.display());
+        }
+        std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+    }
+    match std::fs::remove_dir(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).with_context(|| format!("remove {}", dir.display())),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(pod: &str) -> PodRecord {
+        PodRecord { namespace: "default".into(), pod: pod.into(), ..PodRecord::default() }
+    }
+
+    #[test]
+    fn undoing_leaves_nothing_and_may_be_repeated() {
+        let run = tempfile::tempdir().unwrap();
+        let store = Store::create(run.path(), record("web")).unwrap();
+        let uid = store.reserve_uid(5000, 10).unwrap();
+        std::fs::create_dir_all(store.share().join("c/rootfs")).unwrap();
+        assert!(run.path().join(UIDS).join(uid.to_string()).exists());
+        undo(run.path(), "default", "web").unwrap();
+        undo(run.path(), "default", "web").unwrap();
+        let left: Vec<_> = std::fs::read_dir(run.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, [UIDS]);
+        assert_eq!(std::fs::read_dir(run.path().join(UIDS)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn no_two_pods_get_the_same_user_id() {
+        let run = tempfile::tempdir().unwrap();
+        let stores: Vec<Store> = (0..4).map(|n| Store::create(run.path(), record(&n.to_string())).unwrap()).collect();
+        let mut uids: Vec<u32> = stores.iter().take(3).map(|store| store.reserve_uid(5000, 3).unwrap()).collect();
+        uids.sort_unstable();
+        assert_eq!(uids, [5000, 5001, 5002]);
+        assert!(stores[3].reserve_uid(5000, 3).unwrap_err().to_string().contains("all 3 user ids"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_ours_stops_the_removal() {
+        let run = tempfile::tempdir().unwrap();
+        let store = Store::create(run.path(), record("web")).unwrap();
+        std::fs::create_dir_all(store.share().join("c/rootfs")).unwrap();
+        let precious = store.share().join("c/rootfs/data");
+        std::fs::write(&precious, "precious").unwrap();
+        assert!(undo(run.path(), "default", "web").is_err());
+        assert!(precious.exists());
+    }
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        assert_eq!(unescape("/a\\040b\\134c"), "/a b\\c");
+    }
+}

@@ -1,0 +1,273 @@
+//! The pod's two jailed processes, as the shim sees them: started, spoken to, watched, killed.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use caisson_host::control::{self, Control};
+use caisson_protocol::fs::{self, FsConfig};
+use caisson_protocol::vmm::{BootConfig, Event, Offer, Request, Stopped};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+/// A jailed process at the other end of a control socket.
+pub struct Jailed {
+    control: AsyncFd<Control>,
+    /// Its id on the host.
+    pub pid: u32,
+}
+
+impl Jailed {
+    /// Starts `program` and waits until it is in its jail; `folder` is where it starts.
+    ///
+    /// # Errors
+    /// When it cannot be started, or its first message is not what `pid_of` knows.
+    pub async fn start<E: DeserializeOwned>(program: &Path, arguments: &[String], folder: &Path, pid_of: impl Fn(E) -> Result<u32, String>) -> Result<Self> {
+        let (ours, theirs) = Control::pair().context("make a control socket")?;
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(folder).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        control::pass(&mut command, theirs.as_fd());
+        let mut starter = command.spawn().with_context(|| format!("start {}", program.display()))?;
+        drop(theirs);
+        let control = Self::watch_control(ours)?;
+        let first = receive::<E>(&control).await.with_context(|| format!("hear from {}", program.display()));
+        // It forks into its PID namespace and ends; the child is ours by adoption.
+        let status = tokio::task::spawn_blocking(move || starter.wait()).await.context("collect a process")?;
+        match first? {
+            Some((event, _)) => match pid_of(event) {
+                Ok(pid) => Ok(Self { control, pid }),
+                Err(reason) => bail!("{reason}"),
+            },
+            None => bail!("{} ended before it was in its jail: {}", program.display(), status.context("collect a process")?),
+        }
+    }
+
+    /// Sends a message with descriptors.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub async fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        loop {
+            let mut ready = self.control.writable().await?;
+            match ready.try_io(|control| control.get_ref().send(message, fds, false)) {
+                Ok(result) => return result,
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// The next message; `None` when the process is gone.
+    #[expect(unsafe_code, reason = "the runtime wants a promise that the descriptor stays the same")]
+fn watch_control(control: Control) -> Result<AsyncFd<Control>> {
+    // SAFETY: Control owns its descriptor, keeps it for life and always returns the same one.
+    unsafe { AsyncFd::register(control) }.context("watch a control socket")
+}
+
+async fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+        receive(&self.control).await
+    }
+
+    /// Kills the process; it may be gone.
+    pub fn kill(&self) {
+        // The id is ours until we have collected it, which only `collect` does.
+        let _ = kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL);
+    }
+
+    /// Collects the process once it has ended, so that no zombie stays.
+    async fn collect(&self) {
+        let pid = Pid::from_raw(self.pid.cast_signed());
+        self.kill();
+        let _ = tokio::task::spawn_blocking(move || waitpid(pid, None)).await;
+    }
+}
+
+async fn receive<T: DeserializeOwned>(control: &AsyncFd<Control>) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    loop {
+        let mut ready = control.readable().await?;
+        match ready.try_io(|control| control.get_ref().receive(false)) {
+            Ok(result) => return result,
+            Err(_would_block) => {}
+        }
+    }
+}
+
+/// What is known of a stream's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamState {
+    /// The guest has not connected.
+    Offered,
+    /// It has.
+    Open,
+    /// Over.
+    Closed,
+}
+
+/// Why a pod's machine ended; `None` while it runs.
+pub type Ended = watch::Receiver<Option<String>>;
+
+/// The virtual machine monitor.
+pub struct Vmm {
+    process: Jailed,
+    streams: Mutex<HashMap<u32, watch::Sender<StreamState>>>,
+    running: watch::Sender<bool>,
+    ended: watch::Sender<Option<String>>,
+}
+
+impl Vmm {
+    /// Starts the monitor in its jail.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn start(program: &Path, uid: u32) -> Result<Arc<Self>> {
+        let pid_of = |event: Event| match event {
+            Event::Jailed { pid } => Ok(pid),
+            Event::Stopped(Stopped::Failed(reason)) => Err(reason),
+            other => Err(format!("the virtual machine monitor said {other:?} first")),
+        };
+        let process = Jailed::start(program, &[uid.to_string()], Path::new("/"), pid_of).await?;
+        let vmm = Arc::new(Self { process, streams: Mutex::default(), running: watch::Sender::new(false), ended: watch::Sender::new(None) });
+        tokio::spawn(Arc::clone(&vmm).listen());
+        Ok(vmm)
+    }
+
+    /// Its process id on the host.
+    pub fn pid(&self) -> u32 {
+        self.process.pid
+    }
+
+    fn streams(&self) -> MutexGuard<'_, HashMap<u32, watch::Sender<StreamState>>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the monitor's messages until it is gone.
+    async fn listen(self: Arc<Self>) {
+        let mut reason = None;
+        loop {
+            match self.process.receive::<Event>().await {
+                Ok(Some((Event::Running, _))) => {
+                    self.running.send_replace(true);
+                }
+                Ok(Some((Event::StreamOpened { port }, _))) => {
+                    if let Some(stream) = self.streams().get(&port) {
+                        stream.send_replace(StreamState::Open);
+                    }
+                }
+                Ok(Some((Event::StreamClosed { port }, _))) => {
+                    if let Some(stream) = self.streams().remove(&port) {
+                        stream.send_replace(StreamState::Closed);
+                    }
+                }
+                Ok(Some((Event::Stopped(stopped), _))) => reason = Some(describe(&stopped)),
+                Ok(Some((Event::Jailed { .. }, _))) => {}
+                Ok(None) => break,
+                Err(error) => {
+                    reason = Some(format!("the virtual machine monitor spoke nonsense: {error}"));
+                    break;
+                }
+            }
+        }
+        self.process.collect().await;
+        for (_, stream) in self.streams().drain() {
+            stream.send_replace(StreamState::Closed);
+        }
+        self.end(reason.unwrap_or_else(|| "the virtual machine monitor was killed".into()));
+    }
+
+    /// Records why the machine ended; the first reason counts.
+    fn end(&self, reason: String) {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            if first {
+                *ended = Some(reason);
+            }
+            first
+        });
+    }
+
+    /// Boots the machine. `files` are the descriptors that [`Request::Boot`] names.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn boot(&self, config: &BootConfig, files: &[BorrowedFd<'_>]) -> Result<()> {
+        self.process.send(&Request::Boot(config.clone()), files).await.context("send the boot request")
+    }
+
+    /// Lets the guest connect to a port; the returned state follows the stream.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn offer(&self, offer: Offer, fds: &[OwnedFd]) -> Result<watch::Receiver<StreamState>> {
+        let (sender, state) = watch::channel(StreamState::Offered);
+        self.streams().insert(offer.port, sender);
+        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        self.process.send(&Request::Offer(offer), &borrowed).await.context("offer a stream to the guest")?;
+        Ok(state)
+    }
+
+    /// Ends the host's side of a stream once it is drained.
+    pub async fn close_source(&self, port: u32) {
+        // A monitor that is gone has no streams.
+        let _ = self.process.send(&Request::CloseSource { port }, &[]).await;
+    }
+
+    /// Takes an offer back, or breaks its stream.
+    pub async fn withdraw(&self, port: u32) {
+        let _ = self.process.send(&Request::Withdraw { port }, &[]).await;
+    }
+
+    /// Kills the machine, for a reason that its containers' exits are explained with.
+    pub fn kill(&self, reason: &str) {
+        self.end(reason.to_owned());
+        self.process.kill();
+    }
+
+    /// Follows the end of the machine.
+    pub fn ended(&self) -> Ended {
+        self.ended.subscribe()
+    }
+
+    /// Whether the vCPUs have started.
+    pub fn is_running(&self) -> bool {
+        *self.running.borrow()
+    }
+}
+
+fn describe(stopped: &Stopped) -> String {
+    match stopped {
+        Stopped::Reset => "the guest reset the machine".into(),
+        Stopped::Panic(log) => format!("the guest kernel panicked: {}", log.replace('\n', " | ")),
+        Stopped::Failed(reason) => reason.clone(),
+    }
+}
+
+/// Starts the virtio-fs server for `share`; `on_end` hears when it dies.
+///
+/// # Errors
+/// When it cannot be started.
+pub async fn start_fs(program: &Path, share: &Path, config: &FsConfig, socket: OwnedFd, on_end: impl FnOnce(String) + Send + 'static) -> Result<Arc<Jailed>> {
+    let pid_of = |event: fs::Event| match event {
+        fs::Event::Jailed { pid } => Ok(pid),
+        fs::Event::Failed(reason) => Err(reason),
+    };
+    let server = Arc::new(Jailed::start(program, &[], share, pid_of).await?);
+    server.send(config, &[socket.as_fd()]).await.context("configure the virtio-fs server")?;
+    let watched = Arc::clone(&server);
+    tokio::spawn(async move {
+        let reason = match watched.receive::<fs::Event>().await {
+            Ok(Some((fs::Event::Failed(reason), _))) => format!("the virtio-fs server failed: {reason}"),
+            _ => "the virtio-fs server was killed".to_owned(),
+        };
+        on_end(reason);
+        watched.collect().await;
+    });
+    Ok(server)
+}
