@@ -20,7 +20,7 @@ const MOUNTS: &[(&str, &str, &str, MsFlags, &str)] = &[
     ("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "newinstance,ptmxmode=0666,mode=0620,gid=5"),
     ("shm", "/dev/shm", "tmpfs", NO_EXEC, "mode=1777"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", NO_EXEC, "nsdelegate"),
-    (SHARE_TAG, SHARE_DIR, "virtiofs", MsFlags::MS_NODEV, ""),
+    (SHARE_TAG, SHARE_DIR, "virtiofs", MsFlags::empty(), ""),
 ];
 
 /// Microseconds since the guest's kernel started.

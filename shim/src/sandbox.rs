@@ -90,7 +90,10 @@ impl Sandbox {
         let connected = vmm.boot_machine(config, &files, &fs_client, theirs.into()).await?;
         let agent = Agent::new(ours, vmm.ended(), Duration::from_millis(config.agent_timeout_ms.into()))?;
         let timeout = Duration::from_millis(config.boot_timeout_ms.into());
-        let hello = match tokio::time::timeout(timeout, agent.hello(spec.hostname())).await {
+        let pod = store.pod();
+        // Containers that ask for no name of their own have the pod's.
+        let hostname = if spec.hostname().is_empty() { &pod } else { spec.hostname() };
+        let hello = match tokio::time::timeout(timeout, agent.hello(hostname)).await {
             Ok(answer) => answer?,
             Err(_) => bail!("the guest was not ready within {} ms (timeouts.boot_ms); {}", config.boot_timeout_ms, stage(vmm, &connected)),
         };

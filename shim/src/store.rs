@@ -37,6 +37,11 @@ impl Store {
         &self.dir
     }
 
+    /// The pod's id.
+    pub fn pod(&self) -> String {
+        self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pod.clone()
+    }
+
     /// The tree that the guest sees.
     pub fn share(&self) -> PathBuf {
         self.dir.join("share")

@@ -2,10 +2,13 @@
 
 mod build;
 mod cache;
+mod demo;
 mod install;
 mod node;
 mod packages;
 mod progress;
+mod test;
+mod tidy;
 
 use std::path::PathBuf;
 
@@ -23,10 +26,23 @@ struct Cli {
 enum Command {
     /// Build the release artefacts into target/caisson
     Build,
+    /// Run a command in a container in a virtual machine, through containerd
+    Demo {
+        /// The command and its arguments
+        #[arg(last = true, value_name = "CMD")]
+        command: Vec<String>,
+    },
     /// Download and build what the other commands need, so that they start at once
     Prepare,
     /// Run a command as root on a node, where KVM works and Caisson is installed
     Node(node::NodeArgs),
+    /// Run the unit, property and node tests
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Check the house rules
+    Tidy,
     /// Install Caisson below a root folder
     Install {
         /// The folder to install below
@@ -52,12 +68,15 @@ fn run(command: Command) -> Result<i32> {
             println!("{}", dir.display());
             0
         }),
+        Command::Demo { command } => demo::run(&command),
         Command::Prepare => {
             build::all()?;
             node::prepare()?;
             Ok(0)
         }
         Command::Node(args) => node::run(&args),
+        Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Tidy => tidy::run(),
         Command::Install { root } => {
             install::into(&build::all()?, &root)?;
             Ok(0)

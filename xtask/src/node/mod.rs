@@ -54,6 +54,13 @@ pub struct NodeArgs {
     pub command: Vec<String>,
 }
 
+impl NodeArgs {
+    /// A node of the usual shape with a shared folder.
+    pub fn usual(share: &Path, command: Vec<String>) -> Self {
+        Self { share: Some(share.to_owned()), containerd: None, memory: DEFAULT_MEMORY_MIB, cpus: DEFAULT_CPUS, counted: false, host: false, command }
+    }
+}
+
 /// Runs a command on a node and returns its exit code.
 pub fn run(args: &NodeArgs) -> Result<i32> {
     let built = build::all()?;

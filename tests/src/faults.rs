@@ -1,0 +1,245 @@
+//! What happens when something is killed, missing, broken, full or too small.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::Test;
+use crate::ctr::{IMAGE, Output, Pod, RUNTIME, ctr, ctr_ok, id, run, run_pod};
+use crate::host::{Inventory, assert_nothing_left};
+
+pub const TESTS: &[Test] = &[("a_bad_annotation_is_one_sentence", a_bad_annotation_is_one_sentence)];
+
+/// These change the node's configuration or count what is on it, so they run alone.
+pub const ALONE: &[Test] = &[
+    ("a_killed_monitor_exits_137_and_leaves_nothing", a_killed_monitor_exits_137_and_leaves_nothing),
+    ("a_killed_file_server_exits_137_and_leaves_nothing", a_killed_file_server_exits_137_and_leaves_nothing),
+    ("a_killed_shim_exits_137_and_leaves_nothing", a_killed_shim_exits_137_and_leaves_nothing),
+    ("a_panicking_guest_exits_137_and_says_why", a_panicking_guest_exits_137_and_says_why),
+    ("output_and_exit_survive_a_containerd_restart", output_and_exit_survive_a_containerd_restart),
+    ("broken_files_are_one_clear_sentence", broken_files_are_one_clear_sentence),
+    ("bad_settings_are_one_clear_sentence", bad_settings_are_one_clear_sentence),
+    ("without_kvm_create_says_so", without_kvm_create_says_so),
+    ("a_guest_that_is_never_ready_fails_within_the_time_out", a_guest_that_is_never_ready_fails_within_the_time_out),
+    ("a_full_run_folder_is_one_clear_sentence", a_full_run_folder_is_one_clear_sentence),
+    ("older_containerds_work_with_the_same_binary", older_containerds_work_with_the_same_binary),
+];
+
+/// The last line of what ctr says, which must be the only one that it says.
+fn sentence(output: &Output) -> String {
+    assert_ne!(output.code, 0, "{output:?}");
+    let lines: Vec<&str> = output.stderr.lines().filter(|line| !line.trim().is_empty()).collect();
+    assert_eq!(lines.len(), 1, "not one sentence: {output:?}");
+    lines[0].to_owned()
+}
+
+/// Runs a pod that must fail with a sentence that contains `words`, and leave nothing.
+fn assert_refused(options: &[&str], words: &[&str]) {
+    let before = Inventory::take();
+    let said = sentence(&run_pod(options, &["true"]));
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in {said:?}");
+    }
+    assert_nothing_left(&before);
+}
+
+/// A configuration for one test.
+struct Config;
+
+impl Config {
+    fn set(text: &str) -> Self {
+        std::fs::create_dir_all("/etc/caisson").unwrap();
+        std::fs::write("/etc/caisson/config.toml", text).unwrap();
+        Self
+    }
+}
+
+impl Drop for Config {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file("/etc/caisson/config.toml");
+    }
+}
+
+fn a_bad_annotation_is_one_sentence() {
+    let said = sentence(&run_pod(&["--annotation", "io.caisson.vm.memory_mib=1"], &["true"]));
+    assert!(said.contains("vm.memory_mib = \"1\" is not allowed; allowed is 64 to 1048576"), "{said}");
+    let said = sentence(&run_pod(&["--annotation", "io.caisson.vm.vcpus=0"], &["true"]));
+    assert!(said.contains("vm.vcpus = \"0\" is not allowed; allowed is 1 to 32"), "{said}");
+    let said = sentence(&run_pod(&["--annotation", "io.caisson.kernel.path=/x"], &["true"]));
+    assert!(said.contains("not allowed on this host"), "{said}");
+}
+
+fn kill_and_expect_137(role: &str) {
+    let before = Inventory::take();
+    {
+        let pod = Pod::start("kill", &[], "sleep 1000");
+        run("kill", &["-9", &pod.host_pid(role).to_string()]);
+        let start = Instant::now();
+        // After the shim's death containerd forgets the task; otherwise it is stopped.
+        while pod.status().is_some_and(|status| status == "RUNNING") {
+            assert!(start.elapsed() < Duration::from_secs(30), "the task still runs");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        if role != "shim" {
+            assert_eq!(pod.delete().code, 137);
+        }
+    }
+    assert_nothing_left(&before);
+}
+
+fn a_killed_monitor_exits_137_and_leaves_nothing() {
+    kill_and_expect_137("vmm");
+}
+
+fn a_killed_file_server_exits_137_and_leaves_nothing() {
+    kill_and_expect_137("fs");
+}
+
+fn a_killed_shim_exits_137_and_leaves_nothing() {
+    kill_and_expect_137("shim");
+}
+
+fn a_panicking_guest_exits_137_and_says_why() {
+    let before = Inventory::take();
+    {
+        let pod = Pod::start("panic", &["--privileged"], "sleep 1000");
+        // PID 1 of the guest is out of the container's sight, but not of its memory's: a fork of
+        // all of it would take long, a crash on order does not exist, so the agent is starved.
+        let output = pod.exec(&[], &["sh", "-c", "echo 1 > /proc/sys/vm/panic_on_oom; dd if=/dev/zero of=/dev/shm/fill bs=1M count=1000"]);
+        assert_ne!(output.code, 0, "{output:?}");
+        pod.wait_for("STOPPED");
+        let list = run("caisson", &["list"]);
+        assert!(list.stdout.contains("guest kernel panicked") && list.stdout.contains("out of memory"), "{list:?}");
+        assert_eq!(pod.delete().code, 137);
+    }
+    assert_nothing_left(&before);
+}
+
+fn output_and_exit_survive_a_containerd_restart() {
+    let path = format!("/tmp/{}.log", id("restart"));
+    let id = id("restart");
+    ctr_ok(&["run", "--detach", "--log-uri", &format!("file://{path}"), "--runtime", RUNTIME, IMAGE, &id, "sh", "-c", "for i in $(seq 1 80); do echo line $i; sleep 0.1; done; exit 9"]);
+    let pod = Pod { id };
+    let output = run("/usr/lib/node/containerd.sh", &[]);
+    assert_eq!(output.code, 0, "{output:?}");
+    pod.wait_for("STOPPED");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let expected: String = (1..=80).map(|number| format!("line {number}\n")).collect();
+    assert_eq!(text, expected);
+    assert_eq!(pod.delete().code, 9);
+}
+
+/// Replaces a file for as long as it lives.
+struct Replaced {
+    path: &'static str,
+    kept: Vec<u8>,
+}
+
+impl Replaced {
+    fn with(path: &'static str, bytes: Option<&[u8]>) -> Self {
+        let kept = std::fs::read(path).unwrap();
+        match bytes {
+            Some(bytes) => std::fs::write(path, bytes).unwrap(),
+            None => std::fs::remove_file(path).unwrap(),
+        }
+        Self { path, kept }
+    }
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        std::fs::write(self.path, &self.kept).unwrap();
+    }
+}
+
+fn broken_files_are_one_clear_sentence() {
+    const KERNEL: &str = "/usr/share/caisson/vmlinux";
+    const INITRAMFS: &str = "/usr/share/caisson/initramfs";
+    {
+        let _missing = Replaced::with(KERNEL, None);
+        assert_refused(&[], &["guest kernel /usr/share/caisson/vmlinux", "No such file", "cargo xtask install", "kernel.path"]);
+    }
+    {
+        let truncated = std::fs::read(KERNEL).unwrap();
+        let _truncated = Replaced::with(KERNEL, Some(&truncated[..truncated.len() / 2]));
+        assert_refused(&[], &["load the guest kernel"]);
+    }
+    {
+        let _missing = Replaced::with(INITRAMFS, None);
+        assert_refused(&[], &["initramfs /usr/share/caisson/initramfs", "No such file"]);
+    }
+    {
+        let _empty = Replaced::with(INITRAMFS, Some(b""));
+        assert_refused(&[], &["initramfs is no cpio archive"]);
+    }
+}
+
+fn bad_settings_are_one_clear_sentence() {
+    for (text, words) in [
+        ("[vm]\nmemory_mib = 1\n", ["vm.memory_mib = 1 is not allowed", "64 to 1048576"]),
+        ("[vm]\nvcpus = 0\n", ["vm.vcpus = 0 is not allowed", "1 to 32"]),
+        ("[vm]\nram = 1\n", ["unknown key vm.ram", "known keys are"]),
+        ("[vm\n", ["/etc/caisson/config.toml", "TOML"]),
+    ] {
+        let _config = Config::set(text);
+        assert_refused(&[], &words);
+        assert_ne!(run("caisson", &["config"]).code, 0);
+    }
+}
+
+fn without_kvm_create_says_so() {
+    std::fs::rename("/dev/kvm", "/dev/kvm.away").unwrap();
+    let refused = std::panic::catch_unwind(|| {
+        assert_refused(&[], &["/dev/kvm", "hardware virtualization", "caisson check"]);
+        let check = run("caisson", &["check"]);
+        assert!(check.code != 0 && check.stdout.contains("MISSING KVM runs an unmodified guest"), "{check:?}");
+    });
+    std::fs::rename("/dev/kvm.away", "/dev/kvm").unwrap();
+    if let Err(panic) = refused {
+        std::panic::resume_unwind(panic);
+    }
+    assert_eq!(run("caisson", &["check"]).code, 0);
+}
+
+fn a_guest_that_is_never_ready_fails_within_the_time_out() {
+    // A kernel that is told to wait for a root device never starts the agent.
+    let _config = Config::set("[kernel]\nargs = \"rdinit=/none root=/dev/none rootwait\"\n[timeouts]\nboot_ms = 6000\n");
+    let start = Instant::now();
+    assert_refused(&[], &["not ready within 6000 ms", "booting the guest kernel"]);
+    assert!(start.elapsed() < Duration::from_secs(40));
+}
+
+fn a_full_run_folder_is_one_clear_sentence() {
+    let dir = "/tmp/full-run";
+    std::fs::create_dir_all(dir).unwrap();
+    assert_eq!(run("mount", &["-t", "tmpfs", "-o", "size=64k,nr_inodes=200", "tmpfs", dir]).code, 0);
+    let _config = Config::set(&format!("[run]\ndir = \"{dir}\"\n"));
+    run("bash", &["-c", &format!("head -c 1000000 /dev/zero > {dir}/fill")]);
+    let refused = std::panic::catch_unwind(|| assert_refused(&[], &["No space left on device"]));
+    run("umount", &[dir]);
+    if let Err(panic) = refused {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn older_containerds_work_with_the_same_binary() {
+    for version in ["1.6", "1.7", "2"] {
+        let bin = format!("/opt/containerd/{version}/bin");
+        assert!(Path::new(&bin).join("containerd").exists(), "the node has no containerd {version}");
+        // A state folder of its own: an older containerd does not read a newer one's database.
+        let script = format!(
+            "set -e; rm -rf /tmp/c{version}; mkdir /tmp/c{version}; mount -t tmpfs t /tmp/c{version}; \
+             printf 'version = 2\\nroot = \"/tmp/c{version}/root\"\\nstate = \"/tmp/c{version}/state\"\\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\\n[grpc]\\n  address = \"/tmp/c{version}/sock\"\\n' > /tmp/c{version}/config.toml; \
+             PATH={bin}:$PATH setsid {bin}/containerd --config /tmp/c{version}/config.toml > /tmp/c{version}/log 2>&1 & \
+             n=0; until {bin}/ctr -a /tmp/c{version}/sock version > /dev/null 2>&1; do sleep 0.2; n=$((n+1)); [ $n -lt 200 ]; done; \
+             {bin}/ctr -a /tmp/c{version}/sock images import /usr/lib/node/busybox.tar > /dev/null"
+        );
+        let started = run("bash", &["-c", &script]);
+        assert_eq!(started.code, 0, "containerd {version}: {started:?}");
+        let ctr = format!("{bin}/ctr");
+        let output = run(&ctr, &["-a", &format!("/tmp/c{version}/sock"), "run", "--rm", "--runtime", RUNTIME, IMAGE, &id("old"), "sh", "-c", "echo from $(uname -s); exit 5"]);
+        run("bash", &["-c", &format!("pkill -f 'config /tmp/c{version}/config.toml'; sleep 1; umount -l /tmp/c{version}")]);
+        assert_eq!((output.code, output.stdout.as_str()), (5, "from Linux\n"), "containerd {version}: {output:?}");
+    }
+    // The node's own still answers.
+    assert_eq!(ctr(&["version"]).code, 0);
+}

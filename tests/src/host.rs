@@ -1,0 +1,60 @@
+//! What a host has, for comparing before and after.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Processes, mounts, sockets, folders and cgroups that pods make.
+#[derive(Debug, PartialEq, Eq, Clone)]
+pub struct Inventory(BTreeSet<String>);
+
+impl Inventory {
+    /// Takes stock.
+    pub fn take() -> Self {
+        let mut items = BTreeSet::new();
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let pid = entry.file_name().to_string_lossy().into_owned();
+            if pid.parse::<u32>().is_ok() && let Ok(name) = std::fs::read_to_string(entry.path().join("comm")) && ["containerd-shim", "caisson"].iter().any(|part| name.contains(part)) {
+                items.insert(format!("process {pid} {}", name.trim()));
+            }
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        items.extend(mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| format!("mount {point}")));
+        for dir in ["/run/caisson", "/run/containerd/s", "/run/containerd/fifo", "/run/containerd/io.containerd.runtime.v2.task"] {
+            walk(Path::new(dir), &mut items, true);
+        }
+        walk(Path::new("/sys/fs/cgroup"), &mut items, false);
+        Self(items)
+    }
+
+    /// What is here and was not in `before`.
+    pub fn beyond(&self, before: &Self) -> Vec<String> {
+        self.0.difference(&before.0).cloned().collect()
+    }
+}
+
+fn walk(dir: &Path, items: &mut BTreeSet<String>, files: bool) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_dir = path.is_dir();
+        if is_dir || files {
+            items.insert(format!("path {}", path.display()));
+        }
+        if is_dir {
+            walk(&path, items, files);
+        }
+    }
+}
+
+/// Fails when something stays that was not there before; ends of processes are waited for.
+pub fn assert_nothing_left(before: &Inventory) {
+    let start = Instant::now();
+    loop {
+        let left = Inventory::take().beyond(before);
+        if left.is_empty() {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "left behind: {left:#?}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}

@@ -1,0 +1,45 @@
+//! Node tests: each runs `ctr` against a real containerd on a node and looks at what a user sees.
+//!
+//! Run by `cargo xtask test [FILTER]`. A test is named for its outcome; a failed assertion says
+//! what was seen. Tests that disturb the whole node (they restart containerd, or count what is on
+//! the host) run alone, after the others.
+
+mod ctr;
+mod faults;
+mod host;
+mod io;
+mod leaks;
+mod process;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+type Test = (&'static str, fn());
+
+fn trials(tests: &[Test]) -> Vec<Trial> {
+    tests
+        .iter()
+        .map(|&(name, test)| {
+            Trial::test(name, move || {
+                // A panic's message is the failure's; libtest-mimic catches it as well, but would print a backtrace.
+                std::panic::catch_unwind(test).map_err(|panic| {
+                    let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+                    Failed::from(text.unwrap_or_else(|| "panicked".into()))
+                })
+            })
+        })
+        .collect()
+}
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // Machines are emulated on the emulator's two CPUs: more at once would only wait for each other.
+    arguments.test_threads = Some(2);
+    let shared = [process::TESTS, io::TESTS, faults::TESTS].concat();
+    let together = libtest_mimic::run(&arguments, trials(&shared));
+    arguments.test_threads = Some(1);
+    let alone = libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE].concat()));
+    println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
+    if together.has_failed() || alone.has_failed() {
+        std::process::exit(101);
+    }
+}

@@ -1,0 +1,151 @@
+//! Exit codes, identity, limits and signals of processes.
+
+use crate::Test;
+use crate::ctr::{Pod, ctr, ctr_ok, run_pod};
+
+pub const TESTS: &[Test] = &[
+    ("exit_codes_come_back", exit_codes_come_back),
+    ("a_missing_program_is_named_and_exits_127", a_missing_program_is_named_and_exits_127),
+    ("environment_folder_user_and_groups_are_the_specs", environment_folder_user_and_groups_are_the_specs),
+    ("capabilities_are_the_specs", capabilities_are_the_specs),
+    ("a_read_only_root_cannot_be_written", a_read_only_root_cannot_be_written),
+    ("a_bind_mount_is_seen_both_ways", a_bind_mount_is_seen_both_ways),
+    ("device_rules_are_enforced", device_rules_are_enforced),
+    ("signals_end_a_task_with_128_plus_their_number", signals_end_a_task_with_128_plus_their_number),
+    ("an_exec_has_its_own_exit_code_and_streams", an_exec_has_its_own_exit_code_and_streams),
+    ("kill_all_reaches_every_process", kill_all_reaches_every_process),
+    ("pause_stops_and_resume_continues", pause_stops_and_resume_continues),
+    ("annotations_size_the_machine", annotations_size_the_machine),
+    ("what_a_container_writes_is_in_the_snapshot", what_a_container_writes_is_in_the_snapshot),
+    ("a_memory_limit_kills_the_process_and_not_the_pod", a_memory_limit_kills_the_process_and_not_the_pod),
+];
+
+fn exit_codes_come_back() {
+    for code in [0, 1, 42] {
+        let output = run_pod(&[], &["sh", "-c", &format!("exit {code}")]);
+        assert_eq!(output.code, code, "{output:?}");
+    }
+}
+
+fn a_missing_program_is_named_and_exits_127() {
+    let output = run_pod(&[], &["/no/such/program"]);
+    assert_eq!(output.code, 127, "{output:?}");
+    assert!(output.stderr.contains("/no/such/program: No such file or directory"), "{output:?}");
+}
+
+fn environment_folder_user_and_groups_are_the_specs() {
+    let output = run_pod(&["--env", "A=b c", "--cwd", "/made/for/it", "--user", "33:33"], &["sh", "-c", "echo $A; pwd; id -u; id -g; hostname"]);
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    assert_eq!(&lines[..4], ["b c", "/made/for/it", "33", "33"], "{output:?}");
+    assert!(lines[4].starts_with("t-"), "{output:?}");
+}
+
+fn capabilities_are_the_specs() {
+    let sets = |options: &[&str]| run_pod(options, &["grep", "-E", "^Cap(Eff|Bnd)|^NoNewPrivs", "/proc/self/status"]).stdout;
+    // containerd's defaults: 14 capabilities, no new privileges.
+    assert_eq!(sets(&[]).split_whitespace().collect::<Vec<_>>(), ["CapEff:", "00000000a80425fb", "CapBnd:", "00000000a80425fb", "NoNewPrivs:", "1"]);
+    assert!(sets(&["--cap-drop", "CAP_CHOWN"]).contains("00000000a80425fa"));
+    assert!(sets(&["--cap-add", "CAP_SYS_TIME"]).contains("00000000aa0425fb"));
+}
+
+fn a_read_only_root_cannot_be_written() {
+    let output = run_pod(&["--read-only"], &["sh", "-c", "touch /x || echo refused; touch /run/y && echo run"]);
+    assert_eq!(output.stdout, "refused\nrun\n", "{output:?}");
+}
+
+fn a_bind_mount_is_seen_both_ways() {
+    let dir = std::path::Path::new("/tmp/bind-test");
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("from-host"), "host").unwrap();
+    let output = run_pod(&["--mount", "type=bind,src=/tmp/bind-test,dst=/data,options=rbind:rw"], &["sh", "-c", "cat /data/from-host; echo guest > /data/from-guest"]);
+    assert_eq!((output.code, output.stdout.as_str()), (0, "host"), "{output:?}");
+    assert_eq!(std::fs::read_to_string(dir.join("from-guest")).unwrap(), "guest\n");
+    let output = run_pod(&["--mount", "type=bind,src=/tmp/bind-test,dst=/data,options=rbind:ro"], &["touch", "/data/x"]);
+    assert_ne!(output.code, 0, "{output:?}");
+}
+
+fn device_rules_are_enforced() {
+    // Making a node is allowed by default; opening one that is not on the list is not.
+    let output = run_pod(&[], &["sh", "-c", "mknod /tmp/vda b 254 0; mknod /tmp/mem c 1 1; cat /tmp/mem; cat /tmp/vda; echo x > /dev/null && echo null"]);
+    assert!(output.stdout.ends_with("null\n"), "{output:?}");
+    assert_eq!(output.stderr.matches("Operation not permitted").count(), 2, "{output:?}");
+}
+
+fn signals_end_a_task_with_128_plus_their_number() {
+    for (signal, code) in [("SIGKILL", 137), ("SIGTERM", 143)] {
+        let pod = Pod::start("sig", &[], "trap 'exit 143' TERM; while :; do sleep 0.1; done");
+        ctr_ok(&["task", "kill", "--signal", signal, &pod.id]);
+        pod.wait_for("STOPPED");
+        assert_eq!(pod.delete().code, code);
+    }
+}
+
+fn an_exec_has_its_own_exit_code_and_streams() {
+    let pod = Pod::start("exec", &[], "sleep 1000");
+    let output = pod.exec(&[], &["sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (7, "out\n", "err\n"));
+    let output = pod.exec(&[], &["no-such-program"]);
+    assert_eq!(output.code, 127, "{output:?}");
+    assert!(output.stderr.contains("no-such-program"), "{output:?}");
+    let output = pod.exec(&["--cwd", "/tmp", "--user", "33"], &["sh", "-c", "pwd; id -u"]);
+    assert_eq!(output.stdout, "/tmp\n33\n", "{output:?}");
+    assert_eq!(pod.status().as_deref(), Some("RUNNING"));
+}
+
+fn kill_all_reaches_every_process() {
+    let pod = Pod::start("all", &[], "sleep 1000 & sleep 1000");
+    ctr_ok(&["task", "kill", "--all", "--signal", "SIGKILL", &pod.id]);
+    pod.wait_for("STOPPED");
+    assert_eq!(pod.delete().code, 137);
+}
+
+fn pause_stops_and_resume_continues() {
+    let pod = Pod::start("pause", &[], "while :; do date +%s%N > /now; sleep 0.05; done");
+    let now = || pod.exec(&[], &["cat", "/now"]).stdout;
+    assert!(!now().is_empty());
+    ctr_ok(&["task", "pause", &pod.id]);
+    assert_eq!(pod.status().as_deref(), Some("PAUSED"));
+    ctr_ok(&["task", "resume", &pod.id]);
+    assert_eq!(pod.status().as_deref(), Some("RUNNING"));
+    let before = now();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert_ne!(before, now());
+}
+
+fn annotations_size_the_machine() {
+    let output = run_pod(&["--annotation", "io.caisson.vm.vcpus=2", "--annotation", "io.caisson.vm.memory_mib=384"], &["sh", "-c", "nproc; grep MemTotal /proc/meminfo"]);
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    assert_eq!(lines[0], "2", "{output:?}");
+    let kib: u64 = lines[1].split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!((300 << 10..384 << 10).contains(&kib), "{output:?}");
+}
+
+fn what_a_container_writes_is_in_the_snapshot() {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let script = "cd /root; echo data > file; chown 33:100 file; chmod 4751 file; ln -s file link; mkfifo fifo; rm /bin/vi; sleep 1000";
+    let pod = Pod::start("snap", &[], script);
+    let start = std::time::Instant::now();
+    while pod.exec(&[], &["test", "-p", "/root/fifo"]).code != 0 {
+        assert!(start.elapsed().as_secs() < 30, "the container did not write");
+    }
+    // `ctr snapshot mounts` prints the mount command of the container's own snapshot.
+    let target = format!("/tmp/{}", pod.id);
+    std::fs::create_dir_all(&target).unwrap();
+    let upper = ctr_ok(&["snapshot", "mounts", &target, &pod.id]);
+    let upper = upper.split(',').find_map(|word| word.split("upperdir=").nth(1)).unwrap_or_else(|| panic!("no upperdir in {upper}"));
+    let root = std::path::Path::new(upper).join("root");
+    let meta = std::fs::metadata(root.join("file")).unwrap();
+    assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o7777), (33, 100, 0o4751));
+    assert_eq!(std::fs::read_to_string(root.join("link")).unwrap(), "data\n");
+    assert!(std::fs::metadata(root.join("fifo")).unwrap().file_type().is_fifo());
+    // What was removed is a whiteout: a character device 0:0.
+    assert!(std::fs::symlink_metadata(std::path::Path::new(upper).join("bin/vi")).unwrap().file_type().is_char_device());
+}
+
+fn a_memory_limit_kills_the_process_and_not_the_pod() {
+    let pod = Pod::start("oom", &["--memory-limit", "33554432"], "sleep 1000");
+    // tmpfs pages are charged to the container that writes them.
+    let output = pod.exec(&[], &["sh", "-c", "dd if=/dev/zero of=/dev/shm/fill bs=1M count=60; echo survived"]);
+    assert!(output.code != 0 && !output.stdout.contains("survived"), "{output:?}");
+    assert!(ctr(&["task", "ls"]).stdout.contains(&pod.id));
+}
