@@ -25,7 +25,8 @@ const MOUNTS: &[(&str, &str, &str, MsFlags, &str)] = &[
 
 /// Microseconds since the guest's kernel started.
 pub fn uptime_us() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(0, |time| time.tv_sec().unsigned_abs() * 1_000_000 + time.tv_nsec().unsigned_abs() / 1000)
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(0, |time| time.tv_sec().unsigned_abs() * 1_000_000 + time.tv_nsec().unsigned_abs() / 1000)
 }
 
 /// Writes a line to the kernel's log, where the host finds it when the guest dies.
@@ -46,7 +47,13 @@ pub fn mount_all() -> Result<()> {
         std::fs::create_dir_all(target).with_context(|| format!("create {target}"))?;
         mount(Some(*source), *target, Some(*kind), *flags, Some(*options)).with_context(|| format!("mount {target}"))?;
     }
-    for (link, target) in [("/dev/fd", "/proc/self/fd"), ("/dev/stdin", "/proc/self/fd/0"), ("/dev/stdout", "/proc/self/fd/1"), ("/dev/stderr", "/proc/self/fd/2"), ("/dev/ptmx", "pts/ptmx")] {
+    for (link, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+        ("/dev/ptmx", "pts/ptmx"),
+    ] {
         let _ = std::fs::remove_file(link);
         std::os::unix::fs::symlink(target, link).with_context(|| format!("link {link}"))?;
     }

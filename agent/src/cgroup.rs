@@ -166,9 +166,18 @@ fn parse_io(text: &str) -> Vec<IoStats> {
         .filter_map(|line| {
             let mut words = line.split_whitespace();
             let (major, minor) = words.next()?.split_once(':')?;
-            let values: HashMap<&str, u64> = words.filter_map(|word| word.split_once('=')).filter_map(|(name, value)| Some((name, value.parse().ok()?))).collect();
+            let values: HashMap<&str, u64> =
+                words.filter_map(|word| word.split_once('=')).filter_map(|(name, value)| Some((name, value.parse().ok()?))).collect();
             let of = |name: &str| values.get(name).copied().unwrap_or(0);
-            Some(IoStats { major: major.parse().ok()?, minor: minor.parse().ok()?, read_bytes: of("rbytes"), write_bytes: of("wbytes"), read_ios: of("rios"), write_ios: of("wios"), ..IoStats::default() })
+            Some(IoStats {
+                major: major.parse().ok()?,
+                minor: minor.parse().ok()?,
+                read_bytes: of("rbytes"),
+                write_bytes: of("wbytes"),
+                read_ios: of("rios"),
+                write_ios: of("wios"),
+                ..IoStats::default()
+            })
         })
         .collect()
 }
@@ -242,7 +251,15 @@ mod tests {
         )
         .unwrap();
         let files: HashMap<String, String> = limits(&resources).into_iter().collect();
-        let expected = [("memory.max", "1048576"), ("memory.swap.max", "1048576"), ("cpu.weight", "39"), ("cpu.max", "50000 100000"), ("cpuset.cpus", "0"), ("pids.max", "10"), ("memory.high", "5")];
+        let expected = [
+            ("memory.max", "1048576"),
+            ("memory.swap.max", "1048576"),
+            ("cpu.weight", "39"),
+            ("cpu.max", "50000 100000"),
+            ("cpuset.cpus", "0"),
+            ("pids.max", "10"),
+            ("memory.high", "5"),
+        ];
         assert_eq!(files, expected.into_iter().map(|(file, value)| (file.to_owned(), value.to_owned())).collect());
     }
 }

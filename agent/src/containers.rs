@@ -202,7 +202,10 @@ impl Containers {
     pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
         let process = self.find(container, exec)?;
         let process = process.lock().await;
-        let signal = i32::try_from(signal).ok().and_then(|number| (0..=64).contains(&number).then_some(number)).ok_or_else(|| Error::Invalid(format!("signal {signal}: allowed is 0 to 64")))?;
+        let signal = i32::try_from(signal)
+            .ok()
+            .and_then(|number| (0..=64).contains(&number).then_some(number))
+            .ok_or_else(|| Error::Invalid(format!("signal {signal}: allowed is 0 to 64")))?;
         if all {
             return Ok(Cgroup::of(container).signal_all(signal)?);
         }
@@ -222,7 +225,8 @@ impl Containers {
         let Some(terminal) = &process.terminal else {
             return Err(Error::Precondition(format!("{}: has no terminal", name(container, exec))));
         };
-        let limit = |value: u32| u16::try_from(value).map_err(|_| Error::Invalid(format!("terminal size {columns}x{rows}: at most 65535 each")));
+        let limit =
+            |value: u32| u16::try_from(value).map_err(|_| Error::Invalid(format!("terminal size {columns}x{rows}: at most 65535 each")));
         sys::set_terminal_size(terminal, limit(columns)?, limit(rows)?).context("resize the terminal")?;
         Ok(())
     }
@@ -230,7 +234,12 @@ impl Containers {
     /// The processes of a container with the exec that each belongs to.
     pub async fn pids(&self, container: &str) -> Result<Vec<(u32, String)>, Error> {
         self.find(container, "")?;
-        let known: Vec<(String, Shared)> = self.lock().iter().filter(|((id, _), _)| id == container).map(|((_, exec), process)| (exec.clone(), Arc::clone(process))).collect();
+        let known: Vec<(String, Shared)> = self
+            .lock()
+            .iter()
+            .filter(|((id, _), _)| id == container)
+            .map(|((_, exec), process)| (exec.clone(), Arc::clone(process)))
+            .collect();
         let mut execs = HashMap::new();
         for (exec, process) in known {
             if let Some(pid) = process.lock().await.pid {
@@ -273,7 +282,9 @@ fn name(container: &str, exec: &str) -> String {
 fn check_id(id: &str) -> Result<(), Error> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.chars().all(plain) {
-        return Err(Error::Invalid(format!("id {id:?}: allowed are 1 to {MAX_ID} letters, digits, '-', '_' and '.', not beginning with '.'")));
+        return Err(Error::Invalid(format!(
+            "id {id:?}: allowed are 1 to {MAX_ID} letters, digits, '-', '_' and '.', not beginning with '.'"
+        )));
     }
     Ok(())
 }

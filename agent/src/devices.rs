@@ -64,12 +64,13 @@ pub fn restrict(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
 fn rule(device: &LinuxDeviceCgroup) -> Option<Rule> {
     let number = |value: Option<i64>| value.filter(|value| *value >= 0).and_then(|value| i32::try_from(value).ok());
     let access = device.access().as_deref().unwrap_or("rwm").chars().fold(0, |access, letter| {
-        access | match letter {
-            'r' => READ,
-            'w' => WRITE,
-            'm' => MKNOD,
-            _ => 0,
-        }
+        access
+            | match letter {
+                'r' => READ,
+                'w' => WRITE,
+                'm' => MKNOD,
+                _ => 0,
+            }
     });
     let kind = match device.typ() {
         None | Some(LinuxDeviceType::A) => None,

@@ -96,7 +96,12 @@ fn run(arguments: &[String], agent: &mut UnixStream) -> Result<()> {
         [verb, id, console] if verb == "create" => create(id, (console == "terminal").then(|| console_socket(id, "")), agent),
         [verb, id, exec, console] if verb == "exec" => {
             let console = (console == "terminal").then(|| console_socket(id, exec));
-            let pid = builder(id)?.with_console_socket(console).as_tenant().with_process(Some(process_file(id, exec))).with_detach(true).build()?;
+            let pid = builder(id)?
+                .with_console_socket(console)
+                .as_tenant()
+                .with_process(Some(process_file(id, exec)))
+                .with_detach(true)
+                .build()?;
             report(agent, &Report::Made(pid.as_raw()))
         }
         _ => bail!("the helper was started with arguments that it does not know"),
@@ -108,7 +113,8 @@ fn builder(id: &str) -> Result<ContainerBuilder> {
 }
 
 fn create(id: &str, console: Option<PathBuf>, agent: &mut UnixStream) -> Result<()> {
-    let mut container: Container = builder(id)?.with_console_socket(console).as_init(bundle_dir(id)).with_systemd(false).with_detach(true).build()?;
+    let mut container: Container =
+        builder(id)?.with_console_socket(console).as_init(bundle_dir(id)).with_systemd(false).with_detach(true).build()?;
     let pid = container.pid().context("the new container has no process")?;
     report(agent, &Report::Made(pid.as_raw()))?;
     let mut byte = [0];
@@ -134,7 +140,8 @@ struct Program;
 impl Executor for Program {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let arguments = spec.process().as_ref().and_then(|process| process.args().as_ref()).ok_or(ExecutorError::InvalidArg)?;
-        let arguments: Vec<CString> = arguments.iter().map(|text| CString::new(text.as_str())).collect::<Result<_, _>>().map_err(|_| ExecutorError::InvalidArg)?;
+        let arguments: Vec<CString> =
+            arguments.iter().map(|text| CString::new(text.as_str())).collect::<Result<_, _>>().map_err(|_| ExecutorError::InvalidArg)?;
         let Some(program) = arguments.first() else { return Err(ExecutorError::InvalidArg) };
         let Err(error) = nix::unistd::execvp(program, &arguments);
         eprintln!("caisson: exec {}: {}", program.to_string_lossy(), error.desc());

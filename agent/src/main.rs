@@ -26,6 +26,7 @@ use anyhow::{Context, Result};
 use caisson_protocol::agent::create_agent;
 use caisson_protocol::guest::CONTROL_PORT;
 use futures::StreamExt as _;
+use nix::sys::signal::SigSet;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -46,9 +47,17 @@ fn main() {
     }
 }
 
+/// Leaves every signal to the main thread: SIGCHLD would break off a connect(2) that waits for the
+/// host. What a thread starts inherits this.
+fn block_signals() {
+    // It fails only for arguments that do not exist.
+    let _ = SigSet::all().thread_block();
+}
+
 fn run(started_us: u64) -> Result<()> {
     boot::mount_all()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().on_thread_start(block_signals).build().context("start the runtime")?;
     runtime.block_on(async {
         let reaper = Reaper::start().context("watch for exits")?;
         let socket = streams::connect(CONTROL_PORT).context("connect to the host")?;

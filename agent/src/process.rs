@@ -19,7 +19,7 @@ use caisson_protocol::agent::Stdio as Ports;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
-use crate::helper::{self, Report, REPORT_FD};
+use crate::helper::{self, REPORT_FD, Report};
 use crate::streams;
 
 /// How long a helper may take. The shim's own time-out is shorter; this one ends a stuck thread.
@@ -125,7 +125,11 @@ fn spawn(container: &str, exec: &str, terminal: bool, [stdin, stdout, stderr]: [
     ours.set_read_timeout(Some(HELPER_TIMEOUT))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg(helper::WORD);
-    if exec.is_empty() { command.args(["create", container]) } else { command.args(["exec", container, exec]) };
+    if exec.is_empty() {
+        command.args(["create", container])
+    } else {
+        command.args(["exec", container, exec])
+    };
     command.arg(if terminal { "terminal" } else { "pipes" });
     command.env_clear().current_dir("/").stdin(stdin).stdout(stdout).stderr(stderr);
     let report = theirs.as_raw_fd();
@@ -151,7 +155,9 @@ fn carry(ends: Ends, ports: &Ports) -> Result<Option<File>> {
     match ends {
         Ends::Terminal(listener) => {
             let terminal = receive_terminal(&listener).context("receive the terminal")?;
-            if let Ok(address) = listener.local_addr() && let Some(path) = address.as_pathname() {
+            if let Ok(address) = listener.local_addr()
+                && let Some(path) = address.as_pathname()
+            {
                 remove(path);
             }
             if ports.stdin != 0 {
@@ -195,7 +201,9 @@ fn receive_terminal(listener: &UnixListener) -> Result<File> {
     let mut space = nix::cmsg_space!([i32; 1]);
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     for cmsg in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = cmsg && let Some(fd) = fds.first() {
+        if let ControlMessageOwned::ScmRights(fds) = cmsg
+            && let Some(fd) = fds.first()
+        {
             // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
             return Ok(File::from(unsafe { OwnedFd::from_raw_fd(*fd) }));
         }

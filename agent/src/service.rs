@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse,
-    StatsResponse, UpdateRequest, WaitResponse,
+    Agent, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, PidsResponse, ProcessInfo,
+    ProcessRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -58,7 +58,8 @@ fn done(result: std::result::Result<(), Error>) -> Result<Empty> {
 #[async_trait]
 impl Agent for AgentService {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Result<HelloResponse> {
-        let mut response = HelloResponse { version: VERSION.into(), agent_start_us: self.started_us, ready_us: uptime_us(), ..HelloResponse::default() };
+        let mut response =
+            HelloResponse { version: VERSION.into(), agent_start_us: self.started_us, ready_us: uptime_us(), ..HelloResponse::default() };
         response.kernel = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
         if request.version == VERSION {
             answer(greet(&request).map_err(Error::Failed))?;

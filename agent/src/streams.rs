@@ -7,10 +7,11 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use caisson_protocol::guest::HOST_CID;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect as connect_socket, socket};
 
 /// Bytes moved at a time: the largest packet of virtio-vsock.
@@ -44,11 +45,11 @@ pub fn pump_in(port: u32, target: File) -> io::Result<()> {
     })
 }
 
-/// Carries what comes out of `source` to the host until it ends.
+/// Carries what comes out of `source`, a pipe, to the host until it ends.
 pub fn pump_out(port: u32, source: File) -> io::Result<()> {
     let socket = connect(port)?;
     spawn("output", move || {
-        let _ = copy(&source, &socket);
+        let _ = copy_gathered(&source, &socket);
     })
 }
 
@@ -71,14 +72,68 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(work).map(drop)
 }
 
+/// Copies a pipe in pieces as large as can be had without waiting: a packet costs the machine
+/// several exits, whatever its size, and programs often write a few kilobytes at a time.
+fn copy_gathered(mut from: &File, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let mut filled = read_some(&mut from, &mut buffer)?;
+        if filled == 0 {
+            return Ok(());
+        }
+        while filled < CHUNK {
+            // Lets the program write more, when it is ready to.
+            std::thread::yield_now();
+            if !is_readable(from) {
+                break;
+            }
+            match read_some(&mut from, &mut buffer[filled..])? {
+                0 => break,
+                count => filled += count,
+            }
+        }
+        to.write_all(&buffer[..filled])?;
+    }
+}
+
+fn read_some(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match from.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Whether there is something to read right now.
+fn is_readable(file: &File) -> bool {
+    let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
 fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => to.write_all(&buffer[..count])?,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match read_some(&mut from, &mut buffer)? {
+            0 => return Ok(()),
+            count => to.write_all(&buffer[..count])?,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gathering_loses_and_doubles_nothing() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let data: Vec<u8> = (0..300_000u32).map(|number| number as u8).collect();
+        let expected = data.clone();
+        let feeder = std::thread::spawn(move || data.chunks(1000).for_each(|piece| writer.write_all(piece).unwrap()));
+        let mut got = Vec::new();
+        copy_gathered(&File::from(OwnedFd::from(reader)), &mut got).unwrap();
+        feeder.join().unwrap();
+        assert_eq!(got, expected);
     }
 }

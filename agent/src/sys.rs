@@ -102,7 +102,12 @@ pub fn attach_device_program(cgroup: &File, program: &[Instruction]) -> io::Resu
     let fd = Errno::result(fd)?;
     // SAFETY: the kernel has just made this descriptor for us.
     let loaded = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
-    let attach = AttachAttributes { target: cgroup.as_raw_fd().cast_unsigned(), program: loaded.as_raw_fd().cast_unsigned(), kind: BPF_CGROUP_DEVICE, flags: BPF_F_ALLOW_MULTI };
+    let attach = AttachAttributes {
+        target: cgroup.as_raw_fd().cast_unsigned(),
+        program: loaded.as_raw_fd().cast_unsigned(),
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
     // SAFETY: the attributes live through the call, and the size is theirs.
     Errno::result(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<AttachAttributes>()) })?;
     Ok(())

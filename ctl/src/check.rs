@@ -25,7 +25,14 @@ pub fn print(path: &Path) -> bool {
         }
     }
     let missing = checks.iter().filter(|check| check.outcome.is_err()).count();
-    println!("{}", if missing == 0 { "This host can run pods.".to_owned() } else { format!("This host cannot run pods: {missing} of {} checks failed.", checks.len()) });
+    println!(
+        "{}",
+        if missing == 0 {
+            "This host can run pods.".to_owned()
+        } else {
+            format!("This host cannot run pods: {missing} of {} checks failed.", checks.len())
+        }
+    );
     missing == 0
 }
 
@@ -34,21 +41,41 @@ fn all(path: &Path) -> Vec<Check> {
     let effective = config.as_ref().cloned().unwrap_or_default();
     let file = |what, path: &Path, remedy| Check { what, outcome: readable(path), remedy };
     vec![
-        Check { what: "configuration", outcome: config.map(|_| path.display().to_string()).map_err(Into::into), remedy: "Correct the key that is named; `caisson config` prints the defaults." },
+        Check {
+            what: "configuration",
+            outcome: config.map(|_| path.display().to_string()).map_err(Into::into),
+            remedy: "Correct the key that is named; `caisson config` prints the defaults.",
+        },
         Check {
             what: "KVM runs an unmodified guest",
             outcome: probe::run_guest().map(|()| "it does".into()),
             remedy: "Switch on hardware virtualization (SVM or VT-x) in the firmware, or nested virtualization on the hypervisor below; load kvm-amd or kvm-intel; run as root or in the group kvm.",
         },
-        Check { what: "user namespaces", outcome: user_namespaces(), remedy: "Set the sysctl user.max_user_namespaces above 0: the VMM's jail needs one." },
+        Check {
+            what: "user namespaces",
+            outcome: user_namespaces(),
+            remedy: "Set the sysctl user.max_user_namespaces above 0: the VMM's jail needs one.",
+        },
         Check { what: "seccomp", outcome: seccomp(), remedy: "Use a kernel with CONFIG_SECCOMP_FILTER." },
-        Check { what: "overlay file system", outcome: filesystem("overlay"), remedy: "Run `modprobe overlay`, or use another snapshotter." },
-        Check { what: "cgroup v2", outcome: cgroup(), remedy: "Boot with systemd.unified_cgroup_hierarchy=1; on cgroup v1 pods run, but are not accounted." },
+        Check {
+            what: "overlay file system",
+            outcome: filesystem("overlay"),
+            remedy: "Run `modprobe overlay`, or use another snapshotter.",
+        },
+        Check {
+            what: "cgroup v2",
+            outcome: cgroup(),
+            remedy: "Boot with systemd.unified_cgroup_hierarchy=1; on cgroup v1 pods run, but are not accounted.",
+        },
         file("guest kernel", &effective.kernel_path, "Run `cargo xtask install`, or set kernel.path."),
         file("initramfs", &effective.initramfs_path, "Run `cargo xtask install`, or set image.initramfs."),
         file("virtual machine monitor", &effective.vmm_path, "Run `cargo xtask install`, or set vmm.path."),
         file("virtio-fs server", &effective.fs_path, "Run `cargo xtask install`, or set fs.path."),
-        Check { what: "shim on the PATH", outcome: shim(), remedy: "Run `cargo xtask install`; containerd looks for the shim on its own PATH." },
+        Check {
+            what: "shim on the PATH",
+            outcome: shim(),
+            remedy: "Run `cargo xtask install`; containerd looks for the shim on its own PATH.",
+        },
         Check { what: "run folder", outcome: run_dir(&effective), remedy: "Run as root, or set run.dir to a folder that can be written." },
     ]
 }

@@ -23,7 +23,16 @@ pub fn print(config: &Config, json: bool) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     for pod in pods {
         let age = now.saturating_sub(pod.created);
-        println!("{:<16} {:<40} {:<10} {:>5} {:>5}MiB {:>10} {:>7}s", pod.namespace, pod.pod, state(&pod), pod.vcpus, pod.memory_mib, pod.containers.len(), age);
+        println!(
+            "{:<16} {:<40} {:<10} {:>5} {:>5}MiB {:>10} {:>7}s",
+            pod.namespace,
+            pod.pod,
+            state(&pod),
+            pod.vcpus,
+            pod.memory_mib,
+            pod.containers.len(),
+            age
+        );
         if let Some(failure) = &pod.failure {
             println!("{:<16} {failure}", "");
         }

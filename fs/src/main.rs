@@ -101,9 +101,13 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
 /// Serves the one conversation on `socket` until the VMM hangs up.
 fn serve(socket: OwnedFd, config: passthrough::Config, threads: usize) -> Result<()> {
     let fs = PassthroughFs::new(config).context("open the share")?;
-    let backend = VhostUserFsBackendBuilder::default().set_thread_pool_size(threads).build(fs).map_err(|error| anyhow::anyhow!("create the virtio-fs device: {error}"))?;
+    let backend = VhostUserFsBackendBuilder::default()
+        .set_thread_pool_size(threads)
+        .build(fs)
+        .map_err(|error| anyhow::anyhow!("create the virtio-fs device: {error}"))?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), std::sync::Arc::new(backend), memory).map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;
+    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), std::sync::Arc::new(backend), memory)
+        .map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;
     // SAFETY: the descriptor is ours and given up here; Listener owns it from now on.
     let mut listener = unsafe { Listener::from_raw_fd(socket.into_raw_fd()) };
     filter::install()?;

@@ -11,6 +11,9 @@ use anyhow::{Context, Result, bail};
 /// The configuration fragment, as it lies in the tree.
 pub const FRAGMENT: &str = include_str!("../kernel.config");
 
+/// Names how [`build`] builds; to be changed with it, so that kept kernels are built anew.
+pub const RECIPE: &str = "allnoconfig, strip --strip-all, 1";
+
 /// The packages that a build needs besides the source.
 pub const BUILD_PACKAGES: &[&str] = &["bc", "bison", "flex", "gcc", "libelf-dev", "make", "xz-utils"];
 
@@ -64,7 +67,10 @@ pub fn source() -> Result<PathBuf> {
     let mut found: Vec<PathBuf> = std::fs::read_dir("/usr/src")
         .context("look for a kernel source package in /usr/src")?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("linux-source-") && name.to_string_lossy().ends_with(".tar.xz")))
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("linux-source-") && name.to_string_lossy().ends_with(".tar.xz"))
+        })
         .collect();
     found.sort();
     found.pop().context("find a kernel source package in /usr/src: install linux-source")
@@ -99,7 +105,11 @@ pub fn build(source: &Path, work: &Path, out: &Path) -> Result<()> {
 fn make(work: &Path) -> Command {
     let mut command = Command::new("make");
     command.arg("-s").arg("-C").arg(work).arg("ARCH=x86_64");
-    command.env("KBUILD_BUILD_TIMESTAMP", "1970-01-01").env("KBUILD_BUILD_USER", "caisson").env("KBUILD_BUILD_HOST", "caisson").env("KBUILD_BUILD_VERSION", "1");
+    command
+        .env("KBUILD_BUILD_TIMESTAMP", "1970-01-01")
+        .env("KBUILD_BUILD_USER", "caisson")
+        .env("KBUILD_BUILD_HOST", "caisson")
+        .env("KBUILD_BUILD_VERSION", "1");
     command
 }
 

@@ -49,7 +49,14 @@ impl Control {
     pub fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>], wait: bool) -> io::Result<()> {
         let bytes = serde_json::to_vec(message)?;
         if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("control message of {} bytes and {} descriptors is over the limit of {MAX_MESSAGE} and {MAX_FDS}", bytes.len(), fds.len())));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "control message of {} bytes and {} descriptors is over the limit of {MAX_MESSAGE} and {MAX_FDS}",
+                    bytes.len(),
+                    fds.len()
+                ),
+            ));
         }
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
@@ -141,7 +148,7 @@ mod tests {
     #[test]
     fn a_descriptor_arrives_with_its_message() {
         let (a, b) = Control::pair().unwrap();
-        let (mut reader, writer) = std::io::pipe().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
         a.send(&"take this", &[writer.as_fd()], true).unwrap();
         drop(writer);
         let (text, mut fds): (String, _) = b.receive(true).unwrap().unwrap();

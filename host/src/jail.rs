@@ -83,7 +83,12 @@ impl Jail {
     /// The step that failed; the process is then of no use.
     pub fn unshare(self) -> Result<Side, JailError> {
         close_others().step("close inherited descriptors")?;
-        let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
+        let namespaces = CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWNET
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWCGROUP;
         match self {
             Self::Empty { id } => unshare_with_user(namespaces, id)?,
             Self::CurrentFolder => unshare(namespaces).step("unshare namespaces")?,

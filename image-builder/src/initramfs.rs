@@ -29,7 +29,8 @@ pub fn initramfs(agent: &Path, target: &Path) -> Result<()> {
 /// runtime fills their places from here before `main` could make the device.
 fn null_device(out: &mut File, inode: &mut u32) -> Result<()> {
     *inode += 1;
-    let builder = Builder::new("dev/null").ino(*inode).nlink(1).mode(0o666).set_mode_file_type(ModeFileType::Char).rdev_major(1).rdev_minor(3);
+    let builder =
+        Builder::new("dev/null").ino(*inode).nlink(1).mode(0o666).set_mode_file_type(ModeFileType::Char).rdev_major(1).rdev_minor(3);
     builder.write(out, 0).finish()?;
     Ok(())
 }

@@ -164,37 +164,125 @@ macro_rules! key {
 
 /// Every setting there is.
 pub const KEYS: &[Key] = &[
-    key!("run.dir", "folder for the records and sockets of running pods", PATH_ALLOWED, |c, v| c.run_dir = absolute(v)?, |c| quoted(c.run_dir.display())),
-    key!("kernel.path", "guest kernel, an ELF vmlinux", PATH_ALLOWED, |c, v| c.kernel_path = absolute(v)?, |c| quoted(c.kernel_path.display())),
-    key!("kernel.args", "added to the guest kernel's command line", "up to 512 printable ASCII characters", |c, v| c.kernel_args = text(v, |t| t.len() <= 512 && t.chars().all(|ch| (' '..='~').contains(&ch)))?, |c| quoted(&c.kernel_args)),
-    key!("kernel.console", "serial console of the guest, written to the shim's log", "true or false", |c, v| c.kernel_console = boolean(&v)?, |c| c.kernel_console.to_string()),
-    key!("image.initramfs", "initramfs that holds the agent", PATH_ALLOWED, |c, v| c.initramfs_path = absolute(v)?, |c| quoted(c.initramfs_path.display())),
-    key!("vm.vcpus", "vCPUs of a pod", "1 to 32", |c, v| c.vcpus = integer(&v, i64::from(*VCPUS.start()), i64::from(*VCPUS.end()))?, |c| c.vcpus.to_string()),
-    key!("vm.memory_mib", "memory of a pod in MiB", "64 to 1048576", |c, v| c.memory_mib = integer(&v, MEMORY_MIB.start().cast_signed(), MEMORY_MIB.end().cast_signed())?, |c| c.memory_mib.to_string()),
-    key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(c.vmm_path.display())),
-    key!("vmm.uid_base", "first of the user ids that VMMs run as, one for each pod", "1000 to 4294000000", |c, v| c.uid_base = integer(&v, 1000, 4_294_000_000)?, |c| c.uid_base.to_string()),
-    key!("vmm.uid_count", "number of those user ids, and so of pods on this host", "1 to 900000", |c, v| c.uid_count = integer(&v, 1, 900_000)?, |c| c.uid_count.to_string()),
+    key!("run.dir", "folder for the records and sockets of running pods", PATH_ALLOWED, |c, v| c.run_dir = absolute(v)?, |c| quoted(
+        c.run_dir.display()
+    )),
+    key!("kernel.path", "guest kernel, an ELF vmlinux", PATH_ALLOWED, |c, v| c.kernel_path = absolute(v)?, |c| quoted(
+        c.kernel_path.display()
+    )),
+    key!(
+        "kernel.args",
+        "added to the guest kernel's command line",
+        "up to 512 printable ASCII characters",
+        |c, v| c.kernel_args = text(v, |t| t.len() <= 512 && t.chars().all(|ch| (' '..='~').contains(&ch)))?,
+        |c| quoted(&c.kernel_args)
+    ),
+    key!(
+        "kernel.console",
+        "serial console of the guest, written to the shim's log",
+        "true or false",
+        |c, v| c.kernel_console = boolean(&v)?,
+        |c| c.kernel_console.to_string()
+    ),
+    key!("image.initramfs", "initramfs that holds the agent", PATH_ALLOWED, |c, v| c.initramfs_path = absolute(v)?, |c| quoted(
+        c.initramfs_path.display()
+    )),
+    key!("vm.vcpus", "vCPUs of a pod", "1 to 32", |c, v| c.vcpus = integer(&v, i64::from(*VCPUS.start()), i64::from(*VCPUS.end()))?, |c| c
+        .vcpus
+        .to_string()),
+    key!(
+        "vm.memory_mib",
+        "memory of a pod in MiB",
+        "64 to 1048576",
+        |c, v| c.memory_mib = integer(&v, MEMORY_MIB.start().cast_signed(), MEMORY_MIB.end().cast_signed())?,
+        |c| c.memory_mib.to_string()
+    ),
+    key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(
+        c.vmm_path.display()
+    )),
+    key!(
+        "vmm.uid_base",
+        "first of the user ids that VMMs run as, one for each pod",
+        "1000 to 4294000000",
+        |c, v| c.uid_base = integer(&v, 1000, 4_294_000_000)?,
+        |c| c.uid_base.to_string()
+    ),
+    key!(
+        "vmm.uid_count",
+        "number of those user ids, and so of pods on this host",
+        "1 to 900000",
+        |c, v| c.uid_count = integer(&v, 1, 900_000)?,
+        |c| c.uid_count.to_string()
+    ),
     key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
-    key!("fs.cache", "what the guest may cache of files", "\"never\", \"auto\" or \"always\"", |c, v| c.fs_cache = match v {
-        Value::Text(t) if t == "never" => CachePolicy::Never,
-        Value::Text(t) if t == "auto" => CachePolicy::Auto,
-        Value::Text(t) if t == "always" => CachePolicy::Always,
-        _ => return None,
-    }, |c| quoted(match c.fs_cache {
-        CachePolicy::Never => "never",
-        CachePolicy::Auto => "auto",
-        CachePolicy::Always => "always",
-    })),
-    key!("fs.threads", "worker threads of the virtio-fs server, 0 to serve on the queue's own", "0 to 64", |c, v| c.fs_threads = integer(&v, 0, 64)?, |c| c.fs_threads.to_string()),
-    key!("timeouts.boot_ms", "from the VMM's start to the agent's answer, in milliseconds", TIMEOUT_ALLOWED, |c, v| c.boot_timeout_ms = integer(&v, 100, 3_600_000)?, |c| c.boot_timeout_ms.to_string()),
-    key!("timeouts.agent_ms", "for one call to the agent, in milliseconds", TIMEOUT_ALLOWED, |c, v| c.agent_timeout_ms = integer(&v, 100, 3_600_000)?, |c| c.agent_timeout_ms.to_string()),
-    key!("timeouts.health_interval_ms", "between health checks of the agent, in milliseconds", TIMEOUT_ALLOWED, |c, v| c.health_interval_ms = integer(&v, 100, 3_600_000)?, |c| c.health_interval_ms.to_string()),
-    key!("timeouts.drain_ms", "for output that nobody reads when its process is deleted, in milliseconds", TIMEOUT_ALLOWED, |c, v| c.drain_timeout_ms = integer(&v, 100, 3_600_000)?, |c| c.drain_timeout_ms.to_string()),
-    key!("log.level", "which messages the shim logs", "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"", |c, v| c.log_level = text(v, |t| ["error", "warn", "info", "debug", "trace"].contains(&t))?, |c| quoted(&c.log_level)),
-    key!("annotations.allowed", "keys that a pod may set by an annotation io.caisson.<key>", "a list of keys", |c, v| c.annotations_allowed = match v {
-        Value::List(names) if names.iter().all(|name| find(name).is_some()) => names,
-        _ => return None,
-    }, |c| toml::Value::from(c.annotations_allowed.clone()).to_string()),
+    key!(
+        "fs.cache",
+        "what the guest may cache of files",
+        "\"never\", \"auto\" or \"always\"",
+        |c, v| c.fs_cache = match v {
+            Value::Text(t) if t == "never" => CachePolicy::Never,
+            Value::Text(t) if t == "auto" => CachePolicy::Auto,
+            Value::Text(t) if t == "always" => CachePolicy::Always,
+            _ => return None,
+        },
+        |c| quoted(match c.fs_cache {
+            CachePolicy::Never => "never",
+            CachePolicy::Auto => "auto",
+            CachePolicy::Always => "always",
+        })
+    ),
+    key!(
+        "fs.threads",
+        "worker threads of the virtio-fs server, 0 to serve on the queue's own",
+        "0 to 64",
+        |c, v| c.fs_threads = integer(&v, 0, 64)?,
+        |c| c.fs_threads.to_string()
+    ),
+    key!(
+        "timeouts.boot_ms",
+        "from the VMM's start to the agent's answer, in milliseconds",
+        TIMEOUT_ALLOWED,
+        |c, v| c.boot_timeout_ms = integer(&v, 100, 3_600_000)?,
+        |c| c.boot_timeout_ms.to_string()
+    ),
+    key!(
+        "timeouts.agent_ms",
+        "for one call to the agent, in milliseconds",
+        TIMEOUT_ALLOWED,
+        |c, v| c.agent_timeout_ms = integer(&v, 100, 3_600_000)?,
+        |c| c.agent_timeout_ms.to_string()
+    ),
+    key!(
+        "timeouts.health_interval_ms",
+        "between health checks of the agent, in milliseconds",
+        TIMEOUT_ALLOWED,
+        |c, v| c.health_interval_ms = integer(&v, 100, 3_600_000)?,
+        |c| c.health_interval_ms.to_string()
+    ),
+    key!(
+        "timeouts.drain_ms",
+        "for output that nobody reads when its process is deleted, in milliseconds",
+        TIMEOUT_ALLOWED,
+        |c, v| c.drain_timeout_ms = integer(&v, 100, 3_600_000)?,
+        |c| c.drain_timeout_ms.to_string()
+    ),
+    key!(
+        "log.level",
+        "which messages the shim logs",
+        "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"",
+        |c, v| c.log_level = text(v, |t| ["error", "warn", "info", "debug", "trace"].contains(&t))?,
+        |c| quoted(&c.log_level)
+    ),
+    key!(
+        "annotations.allowed",
+        "keys that a pod may set by an annotation io.caisson.<key>",
+        "a list of keys",
+        |c, v| c.annotations_allowed = match v {
+            Value::List(names) if names.iter().all(|name| find(name).is_some()) => names,
+            _ => return None,
+        },
+        |c| toml::Value::from(c.annotations_allowed.clone()).to_string()
+    ),
 ];
 
 fn find(name: &str) -> Option<&'static Key> {
@@ -266,7 +354,9 @@ impl Config {
                     toml::Value::Integer(number) => Some(Value::Integer(number)),
                     toml::Value::Boolean(flag) => Some(Value::Bool(flag)),
                     toml::Value::String(text) => Some(Value::Text(text)),
-                    toml::Value::Array(items) => items.into_iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<_>>().map(Value::List),
+                    toml::Value::Array(items) => {
+                        items.into_iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<_>>().map(Value::List)
+                    }
                     _ => None,
                 };
                 // Numbers must be written as numbers in a file; only annotations are text.
@@ -318,7 +408,13 @@ impl Config {
                 out.push_str(&format!("{}[{this}]\n", if section.is_empty() { "" } else { "\n" }));
                 section = this;
             }
-            out.push_str(&format!("# {}; allowed: {}; default: {}\n{name} = {}\n", key.meaning, key.allowed, (key.show)(&Self::default()), (key.show)(self)));
+            out.push_str(&format!(
+                "# {}; allowed: {}; default: {}\n{name} = {}\n",
+                key.meaning,
+                key.allowed,
+                (key.show)(&Self::default()),
+                (key.show)(self)
+            ));
         }
         out
     }
@@ -350,9 +446,15 @@ mod tests {
 
     #[test]
     fn a_bad_value_names_key_value_and_what_is_allowed() {
-        assert_eq!(config("[vm]\nmemory_mib = 1\n").unwrap_err(), "config.toml: vm.memory_mib = 1 is not allowed; allowed is 64 to 1048576");
+        assert_eq!(
+            config("[vm]\nmemory_mib = 1\n").unwrap_err(),
+            "config.toml: vm.memory_mib = 1 is not allowed; allowed is 64 to 1048576"
+        );
         assert_eq!(config("[vm]\nvcpus = 0\n").unwrap_err(), "config.toml: vm.vcpus = 0 is not allowed; allowed is 1 to 32");
-        assert_eq!(config("[kernel]\npath = \"vmlinux\"\n").unwrap_err(), "config.toml: kernel.path = \"vmlinux\" is not allowed; allowed is an absolute path");
+        assert_eq!(
+            config("[kernel]\npath = \"vmlinux\"\n").unwrap_err(),
+            "config.toml: kernel.path = \"vmlinux\" is not allowed; allowed is an absolute path"
+        );
     }
 
     #[test]
@@ -368,12 +470,17 @@ mod tests {
 
     #[test]
     fn an_annotation_sets_only_what_is_allowed() {
-        let annotations = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> { pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect() };
+        let annotations = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+        };
         let mut config = Config::default();
         config.apply_annotations(&annotations(&[("io.caisson.vm.vcpus", "3"), ("other", "x")])).unwrap();
         assert_eq!(config.vcpus, 3);
         let error = config.apply_annotations(&annotations(&[("io.caisson.kernel.path", "/x")])).unwrap_err();
-        assert_eq!(error.to_string(), "annotation io.caisson.kernel.path is not allowed on this host; annotations.allowed lists vm.vcpus, vm.memory_mib");
+        assert_eq!(
+            error.to_string(),
+            "annotation io.caisson.kernel.path is not allowed on this host; annotations.allowed lists vm.vcpus, vm.memory_mib"
+        );
         let error = config.apply_annotations(&annotations(&[("io.caisson.vm.vcpus", "33")])).unwrap_err();
         assert!(error.to_string().contains("vm.vcpus = \"33\" is not allowed; allowed is 1 to 32"));
     }

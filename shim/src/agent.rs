@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    AgentClient, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio,
-    UpdateRequest,
+    AgentClient, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, ProcessInfo,
+    ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -92,7 +92,10 @@ impl Agent {
         let request = HelloRequest { version: VERSION.into(), time_ns, hostname: hostname.to_owned(), ..HelloRequest::default() };
         let answer = self.until_ended(self.client.hello(none(), &request)).await?;
         if answer.version != VERSION {
-            return Err(Error::Precondition(format!("the shim is version {VERSION} and the agent in the initramfs is version {}; install both from one build", answer.version)));
+            return Err(Error::Precondition(format!(
+                "the shim is version {VERSION} and the agent in the initramfs is version {}; install both from one build",
+                answer.version
+            )));
         }
         Ok(answer)
     }
@@ -110,7 +113,13 @@ impl Agent {
 
     /// Registers an exec.
     pub async fn create_exec(&self, container: &str, exec: &str, process: Vec<u8>, stdio: Stdio) -> Result<()> {
-        let request = CreateExecRequest { container: container.to_owned(), exec: exec.to_owned(), process, stdio: Some(stdio).into(), ..CreateExecRequest::default() };
+        let request = CreateExecRequest {
+            container: container.to_owned(),
+            exec: exec.to_owned(),
+            process,
+            stdio: Some(stdio).into(),
+            ..CreateExecRequest::default()
+        };
         self.call("create the exec", self.client.create_exec(none(), &request)).await.map(drop)
     }
 

@@ -101,7 +101,10 @@ mod tests {
     fn both_forms_of_path_are_understood() {
         assert_eq!(path("/default/web").unwrap(), "/default/web");
         assert_eq!(path("system.slice:caisson:web").unwrap(), "/system.slice/caisson-web.scope");
-        assert_eq!(path("kubepods-besteffort-pod1.slice:cri-containerd:ab").unwrap(), "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-ab.scope");
+        assert_eq!(
+            path("kubepods-besteffort-pod1.slice:cri-containerd:ab").unwrap(),
+            "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-ab.scope"
+        );
     }
 
     #[test]

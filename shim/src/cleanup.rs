@@ -37,6 +37,10 @@ pub fn delete(flags: &Flags) -> Result<()> {
         let _ = std::fs::remove_file(&socket);
     }
     let exit = Exit::killed();
-    let response = DeleteResponse { exit_status: exit.status, exited_at: MessageField::some(timestamp(SystemTime::now())), ..DeleteResponse::default() };
+    let response = DeleteResponse {
+        exit_status: exit.status,
+        exited_at: MessageField::some(timestamp(SystemTime::now())),
+        ..DeleteResponse::default()
+    };
     std::io::stdout().write_all(&response.write_to_bytes()?).context("print the answer")
 }

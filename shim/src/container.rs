@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR};
@@ -91,7 +91,8 @@ impl ShareFolder {
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         if rootfs.is_empty() {
             let source = spec.root_path(bundle);
-            mounts::bind(&source, &root, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_NODEV).with_context(|| format!("bind the root file system {}", source.display()))?;
+            mounts::bind(&source, &root, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_NODEV)
+                .with_context(|| format!("bind the root file system {}", source.display()))?;
         } else {
             mounts::mount_rootfs(rootfs, &root)?;
         }
@@ -124,7 +125,9 @@ impl ShareFolder {
 
 impl Drop for ShareFolder {
     fn drop(&mut self) {
-        if !self.kept && let Err(error) = remove_share_folder(&self.path) {
+        if !self.kept
+            && let Err(error) = remove_share_folder(&self.path)
+        {
             log::error!("{error:#}");
         }
     }

@@ -69,7 +69,13 @@ impl Events {
         // containerd's type URLs are bare names.
         any.type_url = E::descriptor().full_name().to_owned();
         any.value = event.write_to_bytes().unwrap_or_default();
-        let envelope = Envelope { timestamp: MessageField::some(timestamp(SystemTime::now())), namespace: self.namespace.clone(), topic: E::TOPIC.into(), event: MessageField::some(any), ..Envelope::default() };
+        let envelope = Envelope {
+            timestamp: MessageField::some(timestamp(SystemTime::now())),
+            namespace: self.namespace.clone(),
+            topic: E::TOPIC.into(),
+            event: MessageField::some(any),
+            ..Envelope::default()
+        };
         // The task lives as long as the runtime.
         let _ = self.queue.send(Item::Event(Box::new(envelope)));
     }

@@ -41,7 +41,14 @@ impl Flags {
     /// # Errors
     /// One sentence that names the argument.
     pub fn parse(arguments: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut flags = Self { action: Action::Serve, namespace: String::new(), id: String::new(), address: String::new(), bundle: String::new(), debug: false };
+        let mut flags = Self {
+            action: Action::Serve,
+            namespace: String::new(),
+            id: String::new(),
+            address: String::new(),
+            bundle: String::new(),
+            debug: false,
+        };
         let mut arguments = arguments;
         while let Some(argument) = arguments.next() {
             let Some(flag) = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')) else {

@@ -28,8 +28,17 @@ impl Log for Logger {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let line = format!("time={:?} level={} msg={:?} runtime=io.containerd.caisson.v2 namespace={} pod={}\n", rfc3339(SystemTime::now()), record.level().as_str().to_lowercase(), record.args().to_string(), self.namespace, self.pod);
-        if let Ok(mut out) = self.out.lock() && let Some(out) = out.as_mut() {
+        let line = format!(
+            "time={:?} level={} msg={:?} runtime=io.containerd.caisson.v2 namespace={} pod={}\n",
+            rfc3339(SystemTime::now()),
+            record.level().as_str().to_lowercase(),
+            record.args().to_string(),
+            self.namespace,
+            self.pod
+        );
+        if let Ok(mut out) = self.out.lock()
+            && let Some(out) = out.as_mut()
+        {
             // A full FIFO is nobody reading.
             let _ = out.write_all(line.as_bytes());
         }
@@ -41,7 +50,8 @@ impl Log for Logger {
 /// Starts logging to `<bundle>/log`; without that FIFO there is no log.
 pub fn init(bundle: &Path, namespace: &str, pod: &str, level: LevelFilter) {
     // Read-write, so that opening needs no reader and writing gets no SIGPIPE without one.
-    let out = std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(bundle.join("log")).ok();
+    let out =
+        std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(bundle.join("log")).ok();
     let logger = Logger { out: Mutex::new(out), namespace: namespace.to_owned(), pod: pod.to_owned() };
     if log::set_boxed_logger(Box::new(logger)).is_ok() {
         log::set_max_level(level);
@@ -61,7 +71,13 @@ fn rfc3339(time: SystemTime) -> String {
     let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
     let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z", seconds / 3600, seconds / 60 % 60, seconds % 60, since.subsec_millis())
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        since.subsec_millis()
+    )
 }
 
 #[cfg(test)]

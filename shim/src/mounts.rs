@@ -56,7 +56,8 @@ pub fn mount_rootfs(mounts: &[Mount], target: &Path) -> Result<()> {
     for one in mounts {
         // containerd 1.7 and later may name a place within the root file system.
         let target = if one.target.is_empty() { target.to_owned() } else { inside(target, Path::new(&one.target))? };
-        mount_one(&one.type_, &one.source, &one.options, &target).with_context(|| format!("mount the root file system ({} of {})", one.type_, one.source))?;
+        mount_one(&one.type_, &one.source, &one.options, &target)
+            .with_context(|| format!("mount the root file system ({} of {})", one.type_, one.source))?;
     }
     Ok(())
 }
@@ -104,7 +105,8 @@ fn mount_long_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str]
     let layers: Vec<&str> = lower.split(':').collect();
     let common = common_folder(&layers).context("the layers have no folder in common")?;
     let relative: Vec<&str> = layers.iter().map(|layer| layer[common.len()..].trim_start_matches('/')).collect();
-    let mut options: Vec<String> = data.iter().filter(|option| !option.starts_with("lowerdir=")).map(|option| (*option).to_owned()).collect();
+    let mut options: Vec<String> =
+        data.iter().filter(|option| !option.starts_with("lowerdir=")).map(|option| (*option).to_owned()).collect();
     options.push(format!("lowerdir={}", relative.join(":")));
     let text = options.join(",");
     if text.len() > MAX_DATA {

@@ -10,7 +10,9 @@ use caisson_host::{records, settings};
 use caisson_protocol::VERSION;
 use caisson_protocol::config::{self, Config};
 use caisson_protocol::record::PodRecord;
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+};
 use containerd_shim_protos::types::mount::Mount;
 use protobuf::MessageField;
 
@@ -61,7 +63,14 @@ pub struct Pod {
 impl Pod {
     /// A pod without a machine.
     pub fn new(namespace: &str, id: &str, socket: &str, events: Events) -> Self {
-        Self { namespace: namespace.to_owned(), id: id.to_owned(), socket: socket.to_owned(), events, machine: tokio::sync::Mutex::default(), containers: Mutex::default() }
+        Self {
+            namespace: namespace.to_owned(),
+            id: id.to_owned(),
+            socket: socket.to_owned(),
+            events,
+            machine: tokio::sync::Mutex::default(),
+            containers: Mutex::default(),
+        }
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
@@ -115,7 +124,9 @@ impl Pod {
     async fn boot(&self, spec: &Spec, bundle: &str) -> Result<Arc<Running>> {
         let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
-        if config.log_level != "info" && let Ok(level) = config.log_level.parse() {
+        if config.log_level != "info"
+            && let Ok(level) = config.log_level.parse()
+        {
             log::set_max_level(level);
         }
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
@@ -248,7 +259,12 @@ impl Pod {
         if exec.is_empty() {
             self.events.publish(&TaskStart { container_id: id.to_owned(), pid, ..TaskStart::default() });
         } else {
-            self.events.publish(&TaskExecStarted { container_id: id.to_owned(), exec_id: exec.to_owned(), pid, ..TaskExecStarted::default() });
+            self.events.publish(&TaskExecStarted {
+                container_id: id.to_owned(),
+                exec_id: exec.to_owned(),
+                pid,
+                ..TaskExecStarted::default()
+            });
             self.watch_exit(&machine, &container, Arc::clone(&process));
         }
         Ok(pid)
@@ -414,4 +430,3 @@ impl Pod {
 fn describe(id: &str, exec: &str) -> String {
     if exec.is_empty() { format!("container {id}") } else { format!("exec {exec} of container {id}") }
 }
-

@@ -156,7 +156,10 @@ impl Process {
                 continue;
             }
             if tokio::time::timeout(timeout, state.wait_for(|state| *state == StreamState::Closed)).await.is_err() {
-                log::warn!("container {container}: output was not read for {} ms after the process had exited; the rest of it is lost", timeout.as_millis());
+                log::warn!(
+                    "container {container}: output was not read for {} ms after the process had exited; the rest of it is lost",
+                    timeout.as_millis()
+                );
                 sandbox.vmm.withdraw(output.port).await;
             }
         }

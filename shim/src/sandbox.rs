@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -48,64 +48,20 @@ struct Files {
 }
 
 impl Sandbox {
-    /// Boots the pod's machine.
+    /// Boots the pod's machine within the configured time.
     ///
     /// # Errors
-    /// The step that failed and why, in one sentence. The caller undoes the pod's record.
+    /// The step that failed and why, in one sentence. What was started is killed; the caller
+    /// undoes the pod's record.
     pub async fn boot(config: &Config, store: &Store, spec: &spec::Spec, bundle: &Path) -> Result<Arc<Self>> {
-        let begin = Instant::now();
-        let files = open_files(config, bundle)?;
-        prepare_share(&store.share())?;
-        let uid = store.reserve_uid(config.uid_base, config.uid_count)?;
-        let (fs_listener, fs_client) = fs_socket(store.dir())?;
-
-        let vmm = Vmm::start(&config.vmm_path, uid).await.context("start the virtual machine monitor")?;
-        let booted = Self::boot_with(config, store, spec, &vmm, files, fs_listener, fs_client, begin).await;
-        if booted.is_err() {
-            vmm.kill("the pod could not be started");
-        }
-        booted
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the second half of boot, split off so that any error kills the monitor")]
-    async fn boot_with(config: &Config, store: &Store, spec: &spec::Spec, vmm: &Arc<Vmm>, files: Files, fs_listener: OwnedFd, fs_client: OwnedFd, begin: Instant) -> Result<Arc<Self>> {
-        store.add_process("vmm", vmm.pid())?;
-        let watched = Arc::clone(vmm);
-        let fs_config = FsConfig { cache: config.fs_cache, threads: config.fs_threads as usize };
-        let fs = start_fs(&config.fs_path, &store.share(), &fs_config, fs_listener, move |reason| watched.kill(&reason)).await.context("start the virtio-fs server")?;
-        let sandbox = Self::finish_boot(config, store, spec, vmm, files, fs_client, Arc::clone(&fs), begin).await;
-        if sandbox.is_err() {
-            fs.kill();
-        }
-        sandbox
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the last part of boot, split off so that any error kills the file server")]
-    async fn finish_boot(config: &Config, store: &Store, spec: &spec::Spec, vmm: &Arc<Vmm>, files: Files, fs_client: OwnedFd, fs: Arc<Jailed>, begin: Instant) -> Result<Arc<Self>> {
-        store.add_process("fs", fs.pid)?;
-        join_cgroup(store, spec, &[vmm.pid(), fs.pid])?;
-        let started = begin.elapsed();
-
-        let (ours, theirs) = UnixStream::pair().context("make the agent's socket")?;
-        let connected = vmm.boot_machine(config, &files, &fs_client, theirs.into()).await?;
-        let agent = Agent::new(ours, vmm.ended(), Duration::from_millis(config.agent_timeout_ms.into()))?;
+        let boot = Boot { config, store, spec, bundle, begin: Instant::now(), stage: Mutex::new("preparing") };
+        let mut started = Started::default();
         let timeout = Duration::from_millis(config.boot_timeout_ms.into());
-        let pod = store.pod();
-        // Containers that ask for no name of their own have the pod's.
-        let hostname = if spec.hostname().is_empty() { &pod } else { spec.hostname() };
-        let hello = match tokio::time::timeout(timeout, agent.hello(hostname)).await {
-            Ok(answer) => answer?,
-            Err(_) => bail!("the guest was not ready within {} ms (timeouts.boot_ms); {}", config.boot_timeout_ms, stage(vmm, &connected)),
+        let sandbox = match tokio::time::timeout(timeout, boot.run(&mut started)).await {
+            Ok(sandbox) => sandbox?,
+            Err(_) => bail!("the guest was not ready within {} ms (timeouts.boot_ms); it was at: {}", config.boot_timeout_ms, boot.stage()),
         };
-        log::info!(
-            "machine is ready: processes {} ms, guest kernel {} ms, agent {} ms; {} ms in all; guest kernel {}",
-            started.as_millis(),
-            hello.agent_start_us / 1000,
-            hello.ready_us.saturating_sub(hello.agent_start_us) / 1000,
-            begin.elapsed().as_millis(),
-            hello.kernel,
-        );
-        let sandbox = Arc::new(Self { vmm: Arc::clone(vmm), agent, fs, next_port: AtomicU32::new(FIRST_STREAM_PORT) });
+        started.keep();
         tokio::spawn(watch_health(Arc::clone(&sandbox), Duration::from_millis(config.health_interval_ms.into())));
         Ok(sandbox)
     }
@@ -127,23 +83,122 @@ impl Sandbox {
     }
 }
 
-impl Vmm {
-    /// Offers the control port and starts the vCPUs; the returned state tells when the guest connects.
-    async fn boot_machine(&self, config: &Config, files: &Files, fs_client: &OwnedFd, agent: OwnedFd) -> Result<watch::Receiver<StreamState>> {
-        let boot = BootConfig { vcpus: config.vcpus, memory_mib: config.memory_mib, kernel_args: config.kernel_args.clone(), console: files.console.is_some() };
-        let mut fds: Vec<BorrowedFd<'_>> = vec![files.kvm.as_fd(), files.kernel.as_fd(), files.initramfs.as_fd(), files.memory.as_fd(), fs_client.as_fd()];
-        fds.extend(files.console.as_ref().map(AsFd::as_fd));
-        self.boot(&boot, &fds).await?;
-        self.offer(Offer { port: CONTROL_PORT, ends: Ends::Duplex }, &[agent]).await
+/// Processes of a machine that is not ready yet; killed when dropped.
+#[derive(Default)]
+struct Started {
+    vmm: Option<Arc<Vmm>>,
+    fs: Option<Arc<Jailed>>,
+}
+
+impl Started {
+    fn keep(mut self) {
+        (self.vmm, self.fs) = (None, None);
     }
 }
 
-/// How far a machine came that did not become ready.
-fn stage(vmm: &Vmm, connected: &watch::Receiver<StreamState>) -> &'static str {
-    match (vmm.is_running(), *connected.borrow()) {
-        (false, _) => "it got as far as setting up the virtual machine",
-        (true, StreamState::Offered) => "it got as far as booting the guest kernel: the agent has not connected",
-        (true, _) => "the agent connected but did not answer",
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(vmm) = &self.vmm {
+            vmm.kill("the pod could not be started");
+        }
+        if let Some(fs) = &self.fs {
+            fs.kill();
+        }
+    }
+}
+
+/// One boot, and how far it came.
+struct Boot<'a> {
+    config: &'a Config,
+    store: &'a Store,
+    spec: &'a spec::Spec,
+    bundle: &'a Path,
+    begin: Instant,
+    stage: Mutex<&'static str>,
+}
+
+impl Boot<'_> {
+    fn enter(&self, stage: &'static str) {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner) = stage;
+    }
+
+    fn stage(&self) -> &'static str {
+        *self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn run(&self, started: &mut Started) -> Result<Arc<Sandbox>> {
+        let Self { config, store, .. } = *self;
+        let files = open_files(config, self.bundle)?;
+        prepare_share(&store.share())?;
+        let uid = store.reserve_uid(config.uid_base, config.uid_count)?;
+        let (fs_listener, fs_client) = fs_socket(store.dir())?;
+
+        self.enter("starting the virtual machine monitor");
+        let vmm = Vmm::start(&config.vmm_path, uid).await.context("start the virtual machine monitor")?;
+        started.vmm = Some(Arc::clone(&vmm));
+        store.add_process("vmm", vmm.pid())?;
+
+        self.enter("starting the virtio-fs server");
+        let fs_config = FsConfig { cache: config.fs_cache, threads: config.fs_threads as usize };
+        let watched = Arc::clone(&vmm);
+        let fs = start_fs(&config.fs_path, &store.share(), &fs_config, fs_listener, move |reason| watched.kill(&reason))
+            .await
+            .context("start the virtio-fs server")?;
+        started.fs = Some(Arc::clone(&fs));
+        store.add_process("fs", fs.pid)?;
+        join_cgroup(store, self.spec, &[vmm.pid(), fs.pid])?;
+        let processes = self.begin.elapsed();
+
+        self.enter("setting up the virtual machine");
+        let (ours, theirs) = UnixStream::pair().context("make the agent's socket")?;
+        let agent = Agent::new(ours, vmm.ended(), Duration::from_millis(config.agent_timeout_ms.into()))?;
+        let connected = self.start_machine(&vmm, &files, &fs_client, theirs.into()).await?;
+        self.hello(&vmm, &agent, connected, processes).await?;
+        Ok(Arc::new(Sandbox { vmm, agent, fs, next_port: AtomicU32::new(FIRST_STREAM_PORT) }))
+    }
+
+    /// Starts the vCPUs and offers the control port; the returned state tells when the guest connects.
+    async fn start_machine(&self, vmm: &Vmm, files: &Files, fs_client: &OwnedFd, agent: OwnedFd) -> Result<watch::Receiver<StreamState>> {
+        let config = self.config;
+        let boot = BootConfig {
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            kernel_args: config.kernel_args.clone(),
+            console: files.console.is_some(),
+        };
+        let mut fds: Vec<BorrowedFd<'_>> =
+            vec![files.kvm.as_fd(), files.kernel.as_fd(), files.initramfs.as_fd(), files.memory.as_fd(), fs_client.as_fd()];
+        fds.extend(files.console.as_ref().map(AsFd::as_fd));
+        vmm.boot(&boot, &fds).await?;
+        vmm.offer(Offer { port: CONTROL_PORT, ends: Ends::Duplex }, &[agent]).await
+    }
+
+    /// Waits for the agent's answer, and logs where the time went.
+    async fn hello(&self, vmm: &Vmm, agent: &Agent, mut connected: watch::Receiver<StreamState>, processes: Duration) -> Result<()> {
+        // Containers that ask for no name of their own have the pod's.
+        let pod = self.store.pod();
+        let hostname = if self.spec.hostname().is_empty() { &pod } else { self.spec.hostname() };
+        let stages = async {
+            vmm.wait_running().await;
+            self.enter("booting the guest kernel; the agent has not connected");
+            if connected.wait_for(|state| *state != StreamState::Offered).await.is_ok() {
+                self.enter("waiting for the agent, which connected but did not answer");
+            }
+            std::future::pending().await
+        };
+        let hello = tokio::select! {
+            answer = agent.hello(hostname) => answer?,
+            () = stages => unreachable!("it never ends"),
+        };
+        log::info!(
+            "machine is ready: processes {} ms, guest kernel {} ms, agent {} ms; {} ms in all; guest kernel {}",
+            processes.as_millis(),
+            hello.agent_start_us / 1000,
+            hello.ready_us.saturating_sub(hello.agent_start_us) / 1000,
+            self.begin.elapsed().as_millis(),
+            hello.kernel,
+        );
+        Ok(())
     }
 }
 
@@ -157,12 +212,29 @@ fn open_files(config: &Config, bundle: &Path) -> Result<Files> {
     for (what, key, path) in [("virtual machine monitor", "vmm.path", &config.vmm_path), ("virtio-fs server", "fs.path", &config.fs_path)] {
         artefact(what, key, path)?;
     }
-    let kvm = File::options().read(true).write(true).open("/dev/kvm").context("open /dev/kvm: this host offers no hardware virtualization; run `caisson check`")?;
-    let memory = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).context("make the guest memory file")?);
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("open /dev/kvm: this host offers no hardware virtualization; run `caisson check`")?;
+    let memory = File::from(
+        memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).context("make the guest memory file")?,
+    );
     memory.set_len(config.memory_mib << 20).with_context(|| format!("size the guest memory file to {} MiB", config.memory_mib))?;
-    nix::fcntl::fcntl(&memory, nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW | nix::fcntl::SealFlag::F_SEAL_SEAL)).context("seal the size of the guest memory file")?;
+    nix::fcntl::fcntl(
+        &memory,
+        nix::fcntl::FcntlArg::F_ADD_SEALS(
+            nix::fcntl::SealFlag::F_SEAL_SHRINK | nix::fcntl::SealFlag::F_SEAL_GROW | nix::fcntl::SealFlag::F_SEAL_SEAL,
+        ),
+    )
+    .context("seal the size of the guest memory file")?;
     let console = if config.kernel_console {
-        let log = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(bundle.join("log")).context("open the log for the guest's console")?;
+        let log = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(bundle.join("log"))
+            .context("open the log for the guest's console")?;
         Some(log)
     } else {
         None

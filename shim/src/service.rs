@@ -7,8 +7,9 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
-    PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest,
+    ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
@@ -143,7 +144,12 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Result<ConnectResponse> {
-        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid: self.pod.pid().await, version: VERSION.into(), ..ConnectResponse::default() })
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: self.pod.pid().await,
+            version: VERSION.into(),
+            ..ConnectResponse::default()
+        })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {

@@ -115,10 +115,18 @@ fn host_bind(mount: &Value, index: usize) -> Option<Bind> {
 /// Takes out what names things of the host that are not in the guest.
 fn drop_unsupported(spec: &mut Value, container: &str) {
     let mut dropped = Vec::new();
-    if spec.as_object_mut().is_some_and(|spec| spec.remove("hooks").is_some_and(|hooks| hooks.as_object().is_some_and(|hooks| !hooks.is_empty()))) {
+    if spec
+        .as_object_mut()
+        .is_some_and(|spec| spec.remove("hooks").is_some_and(|hooks| hooks.as_object().is_some_and(|hooks| !hooks.is_empty())))
+    {
         dropped.push("hooks (they are programs of the host)");
     }
-    for (section, key, why) in [("process", "apparmorProfile", "the AppArmor profile"), ("process", "selinuxLabel", "the SELinux label"), ("linux", "mountLabel", "the SELinux mount label"), ("linux", "intelRdt", "Intel RDT")] {
+    for (section, key, why) in [
+        ("process", "apparmorProfile", "the AppArmor profile"),
+        ("process", "selinuxLabel", "the SELinux label"),
+        ("linux", "mountLabel", "the SELinux mount label"),
+        ("linux", "intelRdt", "Intel RDT"),
+    ] {
         if spec[section].as_object_mut().and_then(|section| section.remove(key)).is_some_and(|value| value.as_str() != Some("")) {
             dropped.push(why);
         }
@@ -152,8 +160,17 @@ mod tests {
         let guest: Value = serde_json::from_slice(&guest).unwrap();
         assert_eq!(guest["root"]["path"], "/run/caisson/share/c/rootfs");
         assert_eq!(guest["mounts"][0]["source"], "proc");
-        assert_eq!((&guest["mounts"][1]["source"], &guest["mounts"][2]["source"]), (&json!("/run/caisson/share/c/mounts/0"), &json!("/run/caisson/share/c/mounts/1")));
-        assert_eq!(binds, [Bind { source: "/srv/data".into(), recursive: true, name: "0".into() }, Bind { source: "/tmp/hosts".into(), recursive: false, name: "1".into() }]);
+        assert_eq!(
+            (&guest["mounts"][1]["source"], &guest["mounts"][2]["source"]),
+            (&json!("/run/caisson/share/c/mounts/0"), &json!("/run/caisson/share/c/mounts/1"))
+        );
+        assert_eq!(
+            binds,
+            [
+                Bind { source: "/srv/data".into(), recursive: true, name: "0".into() },
+                Bind { source: "/tmp/hosts".into(), recursive: false, name: "1".into() }
+            ]
+        );
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}]));
         assert!(guest.get("hooks").is_none());
     }
@@ -168,6 +185,9 @@ mod tests {
         };
         assert_eq!(pod(json!({})), None);
         assert_eq!(pod(json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "p"}})), None);
-        assert_eq!(pod(json!({"annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"}})), Some("p".into()));
+        assert_eq!(
+            pod(json!({"annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"}})),
+            Some("p".into())
+        );
     }
 }

@@ -34,7 +34,15 @@ pub fn metrics(stats: &StatsResponse) -> Result<Any> {
             usage: stats
                 .io
                 .iter()
-                .map(|io| IOEntry { major: io.major, minor: io.minor, rbytes: io.read_bytes, wbytes: io.write_bytes, rios: io.read_ios, wios: io.write_ios, ..IOEntry::default() })
+                .map(|io| IOEntry {
+                    major: io.major,
+                    minor: io.minor,
+                    rbytes: io.read_bytes,
+                    wbytes: io.write_bytes,
+                    rios: io.read_ios,
+                    wios: io.write_ios,
+                    ..IOEntry::default()
+                })
                 .collect(),
             ..IOStat::default()
         }),

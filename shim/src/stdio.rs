@@ -50,7 +50,11 @@ pub struct Opened {
 /// Which stream could not be opened, and why.
 pub fn open(paths: &Paths, container: &str, namespace: &str, mut next_port: impl FnMut() -> u32) -> Result<Opened> {
     let mut opened = Opened { ports: Ports { terminal: paths.terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new() };
-    let source = if paths.stdin.is_empty() { None } else { Some(open_source(&paths.stdin).with_context(|| format!("open standard input {}", paths.stdin))?) };
+    let source = if paths.stdin.is_empty() {
+        None
+    } else {
+        Some(open_source(&paths.stdin).with_context(|| format!("open standard input {}", paths.stdin))?)
+    };
     let (stdout, stderr) = open_sinks(paths, container, namespace, &mut opened.keepers)?;
     let mut offer = |ends: Ends, fds: Vec<OwnedFd>| {
         let port = next_port();
@@ -80,7 +84,11 @@ impl Opened {
 
     /// The ports that carry output.
     pub fn output_ports(&self) -> Vec<u32> {
-        self.offers.iter().filter(|(offer, _)| matches!(offer.ends, Ends::Sink | Ends::SourceAndSink)).map(|(offer, _)| offer.port).collect()
+        self.offers
+            .iter()
+            .filter(|(offer, _)| matches!(offer.ends, Ends::Sink | Ends::SourceAndSink))
+            .map(|(offer, _)| offer.port)
+            .collect()
     }
 }
 
@@ -94,7 +102,8 @@ type Sinks = (Option<OwnedFd>, Option<OwnedFd>);
 fn open_sinks(paths: &Paths, container: &str, namespace: &str, keepers: &mut Vec<OwnedFd>) -> Result<Sinks> {
     if let Some(uri) = paths.stdout.strip_prefix("binary:") {
         // One program takes both streams.
-        let (stdout, stderr) = start_logger(uri, container, namespace).with_context(|| format!("start the logging program {}", paths.stdout))?;
+        let (stdout, stderr) =
+            start_logger(uri, container, namespace).with_context(|| format!("start the logging program {}", paths.stdout))?;
         return Ok((Some(stdout), (!paths.terminal).then_some(stderr)));
     }
     let mut sink = |what: &str, path: &str| -> Result<Option<OwnedFd>> {
@@ -252,7 +261,8 @@ mod tests {
     fn a_logging_program_gets_output_and_names() {
         let dir = tempfile::tempdir().unwrap();
         let (script, out) = (dir.path().join("logger"), dir.path().join("out"));
-        std::fs::write(&script, "#!/bin/sh\nexec 5>&-\necho $CONTAINER_NAMESPACE/$CONTAINER_ID $1=$2 > \"$2\"; cat <&3 >> \"$2\"\n").unwrap();
+        std::fs::write(&script, "#!/bin/sh\nexec 5>&-\necho $CONTAINER_NAMESPACE/$CONTAINER_ID $1=$2 > \"$2\"; cat <&3 >> \"$2\"\n")
+            .unwrap();
         std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let (stdout, stderr) = start_logger(&format!("//{}?out={}", script.display(), out.display()), "c", "n").unwrap();
         drop(stderr);

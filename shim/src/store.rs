@@ -145,7 +145,12 @@ fn kill(process: &ProcessRecord) {
 /// When a mount does not come off.
 pub fn unmount_below(dir: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let mut points: Vec<PathBuf> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point))).filter(|point| point.starts_with(dir)).collect();
+    let mut points: Vec<PathBuf> = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|point| PathBuf::from(unescape(point)))
+        .filter(|point| point.starts_with(dir))
+        .collect();
     points.reverse();
     for point in points {
         match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

@@ -31,7 +31,12 @@ impl Jailed {
     ///
     /// # Errors
     /// When it cannot be started, or its first message is not what `pid_of` knows.
-    pub async fn start<E: DeserializeOwned>(program: &Path, arguments: &[String], folder: &Path, pid_of: impl Fn(E) -> Result<u32, String>) -> Result<Self> {
+    pub async fn start<E: DeserializeOwned>(
+        program: &Path,
+        arguments: &[String],
+        folder: &Path,
+        pid_of: impl Fn(E) -> Result<u32, String>,
+    ) -> Result<Self> {
         let (ours, theirs) = Control::pair().context("make a control socket")?;
         let mut command = Command::new(program);
         command.args(arguments).current_dir(folder).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -67,12 +72,12 @@ impl Jailed {
 
     /// The next message; `None` when the process is gone.
     #[expect(unsafe_code, reason = "the runtime wants a promise that the descriptor stays the same")]
-fn watch_control(control: Control) -> Result<AsyncFd<Control>> {
-    // SAFETY: Control owns its descriptor, keeps it for life and always returns the same one.
-    unsafe { AsyncFd::register(control) }.context("watch a control socket")
-}
+    fn watch_control(control: Control) -> Result<AsyncFd<Control>> {
+        // SAFETY: Control owns its descriptor, keeps it for life and always returns the same one.
+        unsafe { AsyncFd::register(control) }.context("watch a control socket")
+    }
 
-async fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    async fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
         receive(&self.control).await
     }
 
@@ -134,7 +139,8 @@ impl Vmm {
             other => Err(format!("the virtual machine monitor said {other:?} first")),
         };
         let process = Jailed::start(program, &[uid.to_string()], Path::new("/"), pid_of).await?;
-        let vmm = Arc::new(Self { process, streams: Mutex::default(), running: watch::Sender::new(false), ended: watch::Sender::new(None) });
+        let vmm =
+            Arc::new(Self { process, streams: Mutex::default(), running: watch::Sender::new(false), ended: watch::Sender::new(None) });
         tokio::spawn(Arc::clone(&vmm).listen());
         Ok(vmm)
     }
@@ -235,9 +241,10 @@ impl Vmm {
         self.ended.subscribe()
     }
 
-    /// Whether the vCPUs have started.
-    pub fn is_running(&self) -> bool {
-        *self.running.borrow()
+    /// Waits until the vCPUs have started.
+    pub async fn wait_running(&self) {
+        // The sender lives in self.
+        let _ = self.running.subscribe().wait_for(|running| *running).await;
     }
 }
 
@@ -253,7 +260,13 @@ fn describe(stopped: &Stopped) -> String {
 ///
 /// # Errors
 /// When it cannot be started.
-pub async fn start_fs(program: &Path, share: &Path, config: &FsConfig, socket: OwnedFd, on_end: impl FnOnce(String) + Send + 'static) -> Result<Arc<Jailed>> {
+pub async fn start_fs(
+    program: &Path,
+    share: &Path,
+    config: &FsConfig,
+    socket: OwnedFd,
+    on_end: impl FnOnce(String) + Send + 'static,
+) -> Result<Arc<Jailed>> {
     let pid_of = |event: fs::Event| match event {
         fs::Event::Jailed { pid } => Ok(pid),
         fs::Event::Failed(reason) => Err(reason),

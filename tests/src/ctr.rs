@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 pub const RUNTIME: &str = "io.containerd.caisson.v2";
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 /// Longer than any command takes here, shorter than a test run's patience.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// What a command left.
 #[derive(Debug)]
@@ -26,7 +26,13 @@ pub fn id(name: &str) -> String {
 
 /// Runs a command to its end, with bytes on standard input.
 pub fn run_with_input(program: &str, arguments: &[&str], input: &[u8]) -> Output {
-    let mut child = Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("start {program}: {error}"));
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("start {program}: {error}"));
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
     let writer = std::thread::spawn(move || {
@@ -59,7 +65,11 @@ pub fn finish(mut child: Child, program: &str, arguments: &[&str]) -> Output {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    Output { code: status.code().unwrap_or(-1), stdout: String::from_utf8_lossy(&stdout.join().unwrap()).into_owned(), stderr: String::from_utf8_lossy(&stderr.join().unwrap()).into_owned() }
+    Output {
+        code: status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&stdout.join().unwrap()).into_owned(),
+        stderr: String::from_utf8_lossy(&stderr.join().unwrap()).into_owned(),
+    }
 }
 
 /// Runs a command to its end.
@@ -118,7 +128,9 @@ impl Pod {
     /// What `ctr task ls` says of it, or nothing.
     pub fn status(&self) -> Option<String> {
         let list = ctr_ok(&["task", "ls"]);
-        list.lines().find(|line| line.split_whitespace().next() == Some(self.id.as_str())).and_then(|line| line.split_whitespace().last().map(str::to_owned))
+        list.lines()
+            .find(|line| line.split_whitespace().next() == Some(self.id.as_str()))
+            .and_then(|line| line.split_whitespace().last().map(str::to_owned))
     }
 
     /// Waits for a status.
@@ -130,9 +142,12 @@ impl Pod {
         }
     }
 
-    /// Deletes the stopped task; returns ctr's output, whose code is the task's.
-    pub fn delete(&self) -> Output {
-        ctr(&["task", "delete", &self.id])
+    /// Deletes the stopped task; returns the task's exit code, which ctr 2 gives in a warning.
+    pub fn delete(&self) -> i32 {
+        let output = ctr(&["task", "delete", &self.id]);
+        let warned =
+            output.stderr.split("exit code ").nth(1).and_then(|rest| rest.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().ok());
+        warned.unwrap_or(output.code)
     }
 
     /// Process id of one of the pod's host processes, by role.

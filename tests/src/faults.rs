@@ -80,7 +80,7 @@ fn kill_and_expect_137(role: &str) {
             std::thread::sleep(Duration::from_millis(100));
         }
         if role != "shim" {
-            assert_eq!(pod.delete().code, 137);
+            assert_eq!(pod.delete(), 137);
         }
     }
     assert_nothing_left(&before);
@@ -109,7 +109,7 @@ fn a_panicking_guest_exits_137_and_says_why() {
         pod.wait_for("STOPPED");
         let list = run("caisson", &["list"]);
         assert!(list.stdout.contains("guest kernel panicked") && list.stdout.contains("out of memory"), "{list:?}");
-        assert_eq!(pod.delete().code, 137);
+        assert_eq!(pod.delete(), 137);
     }
     assert_nothing_left(&before);
 }
@@ -117,7 +117,19 @@ fn a_panicking_guest_exits_137_and_says_why() {
 fn output_and_exit_survive_a_containerd_restart() {
     let path = format!("/tmp/{}.log", id("restart"));
     let id = id("restart");
-    ctr_ok(&["run", "--detach", "--log-uri", &format!("file://{path}"), "--runtime", RUNTIME, IMAGE, &id, "sh", "-c", "for i in $(seq 1 80); do echo line $i; sleep 0.1; done; exit 9"]);
+    ctr_ok(&[
+        "run",
+        "--detach",
+        "--log-uri",
+        &format!("file://{path}"),
+        "--runtime",
+        RUNTIME,
+        IMAGE,
+        &id,
+        "sh",
+        "-c",
+        "for i in $(seq 1 80); do echo line $i; sleep 0.1; done; exit 9",
+    ]);
     let pod = Pod { id };
     let output = run("/usr/lib/node/containerd.sh", &[]);
     assert_eq!(output.code, 0, "{output:?}");
@@ -125,7 +137,7 @@ fn output_and_exit_survive_a_containerd_restart() {
     let text = std::fs::read_to_string(&path).unwrap();
     let expected: String = (1..=80).map(|number| format!("line {number}\n")).collect();
     assert_eq!(text, expected);
-    assert_eq!(pod.delete().code, 9);
+    assert_eq!(pod.delete(), 9);
 }
 
 /// Replaces a file for as long as it lives.
@@ -236,7 +248,22 @@ fn older_containerds_work_with_the_same_binary() {
         let started = run("bash", &["-c", &script]);
         assert_eq!(started.code, 0, "containerd {version}: {started:?}");
         let ctr = format!("{bin}/ctr");
-        let output = run(&ctr, &["-a", &format!("/tmp/c{version}/sock"), "run", "--rm", "--runtime", RUNTIME, IMAGE, &id("old"), "sh", "-c", "echo from $(uname -s); exit 5"]);
+        let output = run(
+            &ctr,
+            &[
+                "-a",
+                &format!("/tmp/c{version}/sock"),
+                "run",
+                "--rm",
+                "--runtime",
+                RUNTIME,
+                IMAGE,
+                &id("old"),
+                "sh",
+                "-c",
+                "echo from $(uname -s); exit 5",
+            ],
+        );
         run("bash", &["-c", &format!("pkill -f 'config /tmp/c{version}/config.toml'; sleep 1; umount -l /tmp/c{version}")]);
         assert_eq!((output.code, output.stdout.as_str()), (5, "from Linux\n"), "containerd {version}: {output:?}");
     }

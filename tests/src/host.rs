@@ -14,7 +14,10 @@ impl Inventory {
         let mut items = BTreeSet::new();
         for entry in std::fs::read_dir("/proc").unwrap().flatten() {
             let pid = entry.file_name().to_string_lossy().into_owned();
-            if pid.parse::<u32>().is_ok() && let Ok(name) = std::fs::read_to_string(entry.path().join("comm")) && ["containerd-shim", "caisson"].iter().any(|part| name.contains(part)) {
+            if pid.parse::<u32>().is_ok()
+                && let Ok(name) = std::fs::read_to_string(entry.path().join("comm"))
+                && ["containerd-shim", "caisson"].iter().any(|part| name.contains(part))
+            {
                 items.insert(format!("process {pid} {}", name.trim()));
             }
         }

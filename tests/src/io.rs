@@ -65,7 +65,8 @@ fn on_terminal<T>(arguments: &[&str], talk: impl FnOnce(&mut std::fs::File, u32)
     let size = Winsize { ws_row: 33, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 };
     let pty = openpty(Some(&size), None).unwrap();
     let slave = |fd: &OwnedFd| Stdio::from(fd.try_clone().unwrap());
-    let mut child = Command::new("ctr").args(arguments).stdin(slave(&pty.slave)).stdout(slave(&pty.slave)).stderr(slave(&pty.slave)).spawn().unwrap();
+    let mut child =
+        Command::new("ctr").args(arguments).stdin(slave(&pty.slave)).stdout(slave(&pty.slave)).stderr(slave(&pty.slave)).spawn().unwrap();
     drop(pty.slave);
     let mut master = std::fs::File::from(pty.master);
     let result = talk(&mut master, child.id());
@@ -125,7 +126,19 @@ fn an_exec_can_have_a_terminal() {
 fn a_log_file_uri_gets_the_output() {
     let path = format!("/tmp/{}.log", id("log"));
     let id = id("log");
-    ctr_ok(&["run", "--detach", "--log-uri", &format!("file://{path}"), "--runtime", RUNTIME, IMAGE, &id, "sh", "-c", "echo to the file; echo and this >&2"]);
+    ctr_ok(&[
+        "run",
+        "--detach",
+        "--log-uri",
+        &format!("file://{path}"),
+        "--runtime",
+        RUNTIME,
+        IMAGE,
+        &id,
+        "sh",
+        "-c",
+        "echo to the file; echo and this >&2",
+    ]);
     let pod = Pod { id };
     pod.wait_for("STOPPED");
     let start = Instant::now();

@@ -17,7 +17,10 @@ fn twenty_pods_at_once_work_and_leave_nothing() {
     let children: Vec<_> = (0..20)
         .map(|number| {
             let id = id("many");
-            let child = Command::new("ctr").args(["run", "--rm", "--runtime", RUNTIME, IMAGE, &id, "sh", "-c", &format!("exit {number}")]).spawn().unwrap();
+            let child = Command::new("ctr")
+                .args(["run", "--rm", "--runtime", RUNTIME, IMAGE, &id, "sh", "-c", &format!("exit {number}")])
+                .spawn()
+                .unwrap();
             (number, child)
         })
         .collect();
@@ -47,7 +50,7 @@ fn a_detached_pod_with_execs_leaves_nothing() {
         }
         ctr(&["task", "kill", "--signal", "SIGKILL", &pod.id]);
         pod.wait_for("STOPPED");
-        assert_eq!(pod.delete().code, 137);
+        assert_eq!(pod.delete(), 137);
     }
     assert_nothing_left(&before);
 }

@@ -22,7 +22,8 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
             Trial::test(name, move || {
                 // A panic's message is the failure's; libtest-mimic catches it as well, but would print a backtrace.
                 std::panic::catch_unwind(test).map_err(|panic| {
-                    let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+                    let text =
+                        panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
                     Failed::from(text.unwrap_or_else(|| "panicked".into()))
                 })
             })
@@ -32,11 +33,10 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // Machines are emulated on the emulator's two CPUs: more at once would only wait for each other.
-    arguments.test_threads = Some(2);
+    // One at a time: what a test sees on the node is its own.
+    arguments.test_threads = Some(1);
     let shared = [process::TESTS, io::TESTS, faults::TESTS].concat();
     let together = libtest_mimic::run(&arguments, trials(&shared));
-    arguments.test_threads = Some(1);
     let alone = libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE].concat()));
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {

@@ -34,7 +34,8 @@ fn a_missing_program_is_named_and_exits_127() {
 }
 
 fn environment_folder_user_and_groups_are_the_specs() {
-    let output = run_pod(&["--env", "A=b c", "--cwd", "/made/for/it", "--user", "33:33"], &["sh", "-c", "echo $A; pwd; id -u; id -g; hostname"]);
+    let output =
+        run_pod(&["--env", "A=b c", "--cwd", "/made/for/it", "--user", "33:33"], &["sh", "-c", "echo $A; pwd; id -u; id -g; hostname"]);
     let lines: Vec<&str> = output.stdout.lines().collect();
     assert_eq!(&lines[..4], ["b c", "/made/for/it", "33", "33"], "{output:?}");
     assert!(lines[4].starts_with("t-"), "{output:?}");
@@ -43,7 +44,10 @@ fn environment_folder_user_and_groups_are_the_specs() {
 fn capabilities_are_the_specs() {
     let sets = |options: &[&str]| run_pod(options, &["grep", "-E", "^Cap(Eff|Bnd)|^NoNewPrivs", "/proc/self/status"]).stdout;
     // containerd's defaults: 14 capabilities, no new privileges.
-    assert_eq!(sets(&[]).split_whitespace().collect::<Vec<_>>(), ["CapEff:", "00000000a80425fb", "CapBnd:", "00000000a80425fb", "NoNewPrivs:", "1"]);
+    assert_eq!(
+        sets(&[]).split_whitespace().collect::<Vec<_>>(),
+        ["CapEff:", "00000000a80425fb", "CapBnd:", "00000000a80425fb", "NoNewPrivs:", "1"]
+    );
     assert!(sets(&["--cap-drop", "CAP_CHOWN"]).contains("00000000a80425fa"));
     assert!(sets(&["--cap-add", "CAP_SYS_TIME"]).contains("00000000aa0425fb"));
 }
@@ -57,7 +61,10 @@ fn a_bind_mount_is_seen_both_ways() {
     let dir = std::path::Path::new("/tmp/bind-test");
     std::fs::create_dir_all(dir).unwrap();
     std::fs::write(dir.join("from-host"), "host").unwrap();
-    let output = run_pod(&["--mount", "type=bind,src=/tmp/bind-test,dst=/data,options=rbind:rw"], &["sh", "-c", "cat /data/from-host; echo guest > /data/from-guest"]);
+    let output = run_pod(
+        &["--mount", "type=bind,src=/tmp/bind-test,dst=/data,options=rbind:rw"],
+        &["sh", "-c", "cat /data/from-host; echo guest > /data/from-guest"],
+    );
     assert_eq!((output.code, output.stdout.as_str()), (0, "host"), "{output:?}");
     assert_eq!(std::fs::read_to_string(dir.join("from-guest")).unwrap(), "guest\n");
     let output = run_pod(&["--mount", "type=bind,src=/tmp/bind-test,dst=/data,options=rbind:ro"], &["touch", "/data/x"]);
@@ -66,7 +73,10 @@ fn a_bind_mount_is_seen_both_ways() {
 
 fn device_rules_are_enforced() {
     // Making a node is allowed by default; opening one that is not on the list is not.
-    let output = run_pod(&[], &["sh", "-c", "mknod /tmp/vda b 254 0; mknod /tmp/mem c 1 1; cat /tmp/mem; cat /tmp/vda; echo x > /dev/null && echo null"]);
+    let output = run_pod(
+        &[],
+        &["sh", "-c", "mknod /tmp/vda b 254 0; mknod /tmp/mem c 1 1; cat /tmp/mem; cat /tmp/vda; echo x > /dev/null && echo null"],
+    );
     assert!(output.stdout.ends_with("null\n"), "{output:?}");
     assert_eq!(output.stderr.matches("Operation not permitted").count(), 2, "{output:?}");
 }
@@ -76,7 +86,7 @@ fn signals_end_a_task_with_128_plus_their_number() {
         let pod = Pod::start("sig", &[], "trap 'exit 143' TERM; while :; do sleep 0.1; done");
         ctr_ok(&["task", "kill", "--signal", signal, &pod.id]);
         pod.wait_for("STOPPED");
-        assert_eq!(pod.delete().code, code);
+        assert_eq!(pod.delete(), code);
     }
 }
 
@@ -96,13 +106,16 @@ fn kill_all_reaches_every_process() {
     let pod = Pod::start("all", &[], "sleep 1000 & sleep 1000");
     ctr_ok(&["task", "kill", "--all", "--signal", "SIGKILL", &pod.id]);
     pod.wait_for("STOPPED");
-    assert_eq!(pod.delete().code, 137);
+    assert_eq!(pod.delete(), 137);
 }
 
 fn pause_stops_and_resume_continues() {
     let pod = Pod::start("pause", &[], "while :; do date +%s%N > /now; sleep 0.05; done");
     let now = || pod.exec(&[], &["cat", "/now"]).stdout;
-    assert!(!now().is_empty());
+    let start = std::time::Instant::now();
+    while now().is_empty() {
+        assert!(start.elapsed().as_secs() < 30, "the container does not run");
+    }
     ctr_ok(&["task", "pause", &pod.id]);
     assert_eq!(pod.status().as_deref(), Some("PAUSED"));
     ctr_ok(&["task", "resume", &pod.id]);
@@ -113,7 +126,10 @@ fn pause_stops_and_resume_continues() {
 }
 
 fn annotations_size_the_machine() {
-    let output = run_pod(&["--annotation", "io.caisson.vm.vcpus=2", "--annotation", "io.caisson.vm.memory_mib=384"], &["sh", "-c", "nproc; grep MemTotal /proc/meminfo"]);
+    let output = run_pod(
+        &["--annotation", "io.caisson.vm.vcpus=2", "--annotation", "io.caisson.vm.memory_mib=384"],
+        &["sh", "-c", "nproc; grep MemTotal /proc/meminfo"],
+    );
     let lines: Vec<&str> = output.stdout.lines().collect();
     assert_eq!(lines[0], "2", "{output:?}");
     let kib: u64 = lines[1].split_whitespace().nth(1).unwrap().parse().unwrap();

@@ -33,7 +33,8 @@ const RUNTIME: &[Allow] = &[
 const CONTROL: &[Allow] = &[Call(libc::SYS_recvmsg)];
 
 /// `KVM_RUN`, and the vhost-user conversation of a device's activation.
-const VCPU: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]), Call(libc::SYS_recvmsg)];
+const VCPU: &[Allow] =
+    &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]), Call(libc::SYS_recvmsg)];
 
 /// Queues and streams.
 const IO: &[Allow] = &[

@@ -66,7 +66,9 @@ pub struct Entry {
 pub fn command_line(layout: Layout, slots: &[DeviceSlot], console: bool, extra: &str) -> String {
     // reboot=t: a triple fault, which ends the VM; panic=-1: at once. rcu_expedited: making
     // namespaces and cgroups waits for grace periods, which are short on a small machine.
-    let mut line = String::from("reboot=t panic=-1 rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check");
+    let mut line = String::from(
+        "reboot=t panic=-1 rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check",
+    );
     line.push_str(if console { " console=ttyS0 earlyprintk=ttyS0" } else { " 8250.nr_uarts=0 quiet" });
     line.push_str(&format!(
         " ramoops.mem_address={:#x} ramoops.mem_size={PANIC_LOG_BYTES} ramoops.record_size={PANIC_LOG_BYTES} ramoops.console_size=0 ramoops.pmsg_size=0",
@@ -86,7 +88,13 @@ pub fn command_line(layout: Layout, slots: &[DeviceSlot], console: bool, extra: 
 ///
 /// # Errors
 /// When a file is not what it should be or memory is too small.
-pub fn load(memory: &GuestMemory, layout: Layout, kernel: &mut File, initramfs: &mut File, command_line: &str) -> Result<Entry, KernelError> {
+pub fn load(
+    memory: &GuestMemory,
+    layout: Layout,
+    kernel: &mut File,
+    initramfs: &mut File,
+    command_line: &str,
+) -> Result<Entry, KernelError> {
     let loaded = Elf::load(memory, None, kernel, Some(GuestAddress(HIGH_RAM_START))).map_err(KernelError::Kernel)?;
     let (initramfs_start, initramfs_size) = load_initramfs(memory, layout, loaded.kernel_end, initramfs)?;
     if command_line.len() >= COMMAND_LINE_MAX {
@@ -121,7 +129,11 @@ fn load_initramfs(memory: &GuestMemory, layout: Layout, kernel_end: u64, file: &
     if magic != b"070701" {
         return Err(KernelError::NoCpio(magic));
     }
-    let too_small = KernelError::TooSmall { memory_mib: layout.low >> 20, kernel_mib: kernel_end.div_ceil(1 << 20), initramfs_mib: size.div_ceil(1 << 20) };
+    let too_small = KernelError::TooSmall {
+        memory_mib: layout.low >> 20,
+        kernel_mib: kernel_end.div_ceil(1 << 20),
+        initramfs_mib: size.div_ceil(1 << 20),
+    };
     let Some(start) = layout.panic_log().checked_sub(size).map(|start| start & !(PAGE - 1)).filter(|start| *start >= kernel_end) else {
         return Err(too_small);
     };

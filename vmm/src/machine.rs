@@ -72,7 +72,13 @@ impl Machine {
     /// What could not be done and why, in one sentence.
     pub fn build(config: &BootConfig, mut files: BootFiles, control: Arc<Control>) -> Result<Self> {
         ensure!(VCPUS.contains(&config.vcpus), "{} vCPUs: allowed is {} to {}", config.vcpus, VCPUS.start(), VCPUS.end());
-        ensure!(MEMORY_MIB.contains(&config.memory_mib), "{} MiB of memory: allowed is {} to {}", config.memory_mib, MEMORY_MIB.start(), MEMORY_MIB.end());
+        ensure!(
+            MEMORY_MIB.contains(&config.memory_mib),
+            "{} MiB of memory: allowed is {} to {}",
+            config.memory_mib,
+            MEMORY_MIB.start(),
+            MEMORY_MIB.end()
+        );
         // SAFETY: the descriptor is ours and given up here; Kvm owns it from now on.
         let kvm = unsafe { Kvm::from_raw_fd(files.kvm.into_raw_fd()) };
         ensure!(kvm.get_api_version() == KVM_API_VERSION, "/dev/kvm speaks version {} instead of {KVM_API_VERSION}", kvm.get_api_version());
@@ -87,7 +93,10 @@ impl Machine {
             MmioTransport::new(Box::new(vsock::Vsock::new(commands.clone())), memory.clone())?,
             MmioTransport::new(Box::new(rng::Rng::new(commands.clone())), memory.clone())?,
         ];
-        let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(|index| DeviceSlot { base: MMIO_START + u64::from(index) * MMIO_SIZE, irq: FIRST_IRQ + index }).collect();
+        let slots: Vec<DeviceSlot> = (0u32..)
+            .take(transports.len())
+            .map(|index| DeviceSlot { base: MMIO_START + u64::from(index) * MMIO_SIZE, irq: FIRST_IRQ + index })
+            .collect();
         for (transport, slot) in transports.iter().zip(&slots) {
             connect(&vm, transport, slot)?;
         }
@@ -117,7 +126,8 @@ impl Machine {
             std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .spawn(move || {
-                    let ended = filters::vcpu().map_err(anyhow::Error::from).and_then(|()| vcpu::run(&mut fd, &bus).map_err(anyhow::Error::from));
+                    let ended =
+                        filters::vcpu().map_err(anyhow::Error::from).and_then(|()| vcpu::run(&mut fd, &bus).map_err(anyhow::Error::from));
                     let reason = match ended {
                         Ok(()) => panic_log::read(&memory, layout).map_or(Stopped::Reset, Stopped::Panic),
                         Err(error) => Stopped::Failed(format!("{error:#}")),
@@ -145,7 +155,13 @@ fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
     vm.create_pit2(kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).context("create the timer")?;
     for (slot, region) in (0u32..).zip(memory.iter()) {
         let host = memory.get_host_address(region.start_addr()).context("find guest memory")?;
-        let region = kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr: region.start_addr().0, memory_size: region.len(), userspace_addr: host as u64 };
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
         // SAFETY: the mapping is that of `memory`, which Machine and its threads keep to the process's end.
         unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")?;
     }
@@ -173,4 +189,3 @@ fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: kernel::Entry) -> Result
         })
         .collect()
 }
-

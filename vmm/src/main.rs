@@ -88,7 +88,13 @@ fn serve(control: &Control, commands: &devices::io_thread::Commands) -> Result<(
         match request {
             Request::Boot(_) => bail!("the shim asked twice to boot"),
             Request::Offer(offer) => {
-                ensure!(fds.len() == offer.ends.fd_count(), "offer of port {} came with {} descriptors instead of {}", offer.port, fds.len(), offer.ends.fd_count());
+                ensure!(
+                    fds.len() == offer.ends.fd_count(),
+                    "offer of port {} came with {} descriptors instead of {}",
+                    offer.port,
+                    fds.len(),
+                    offer.ends.fd_count()
+                );
                 commands.send(Command::Offer(offer, fds))?;
             }
             Request::CloseSource { port } => commands.send(Command::CloseSource(port))?,

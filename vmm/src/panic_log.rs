@@ -34,7 +34,8 @@ pub fn read(memory: &GuestMemory, layout: Layout) -> Option<String> {
 fn summary(text: &str) -> String {
     // "<6>[    1.234567] message" -> "message"
     let lines: Vec<&str> = text.lines().skip(1).map(|line| line.split_once("] ").map_or(line, |(_, rest)| rest)).collect();
-    let panic = lines.iter().rposition(|line| line.contains("Kernel panic") || line.starts_with("BUG:")).unwrap_or(lines.len().saturating_sub(1));
+    let panic =
+        lines.iter().rposition(|line| line.contains("Kernel panic") || line.starts_with("BUG:")).unwrap_or(lines.len().saturating_sub(1));
     let from = (panic + 1).saturating_sub(KEEP_LINES);
     let mut out = lines.get(panic).map_or_else(String::new, |line| (*line).to_owned());
     for line in &lines[from..panic.max(from)] {

@@ -28,10 +28,14 @@ pub enum VcpuError {
     #[error("write boot tables")]
     Tables(#[from] vm_memory::GuestMemoryError),
     /// The processor could not enter the guest.
-    #[error("the processor refused to run the guest (reason {0:#x}); is this host's KVM able to run unmodified guests? see `caisson check`")]
+    #[error(
+        "the processor refused to run the guest (reason {0:#x}); is this host's KVM able to run unmodified guests? see `caisson check`"
+    )]
     Entry(u64),
     /// KVM gave up on an instruction.
-    #[error("KVM could not emulate what the guest did (internal error); is this host's KVM able to run unmodified guests? see `caisson check`")]
+    #[error(
+        "KVM could not emulate what the guest did (internal error); is this host's KVM able to run unmodified guests? see `caisson check`"
+    )]
     Internal,
     /// Something else than we know.
     #[error("unexpected exit of the vCPU: {0}")]
@@ -84,7 +88,19 @@ pub fn write_boot_tables(memory: &GuestMemory) -> Result<(), VcpuError> {
 const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
-    kvm_segment { base: 0, limit: 0xffff_ffff, selector, type_, present: 1, dpl: 0, db: u8::from(!long), s: 1, l: u8::from(long), g: 1, ..Default::default() }
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        dpl: 0,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..Default::default()
+    }
 }
 
 /// Sets a vCPU up; the first one enters the kernel, the others wait for it to wake them.

@@ -23,7 +23,16 @@ pub fn all() -> Result<PathBuf> {
     let top = source_dir()?;
     sh.change_dir(&top);
     let mut needed = guest_kernel::BUILD_PACKAGES.to_vec();
-    needed.extend(["busybox-static", "debian-archive-keyring", "e2fsprogs", "libcap-ng-dev", "libseccomp-dev", "linux-source", "pkg-config", "util-linux"]);
+    needed.extend([
+        "busybox-static",
+        "debian-archive-keyring",
+        "e2fsprogs",
+        "libcap-ng-dev",
+        "libseccomp-dev",
+        "linux-source",
+        "pkg-config",
+        "util-linux",
+    ]);
     packages::require_installed(&needed)?;
 
     let out = top.join("target/caisson");
@@ -32,7 +41,10 @@ pub fn all() -> Result<PathBuf> {
     }
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     progress::step("building the host programs and the agent", || {
-        cmd!(sh, "{cargo} build --quiet --release --package caisson-shim --package caisson-vmm --package caisson-fs --package caisson-ctl").quiet().run().context("build the host programs")?;
+        cmd!(sh, "{cargo} build --quiet --release --package caisson-shim --package caisson-vmm --package caisson-fs --package caisson-ctl")
+            .quiet()
+            .run()
+            .context("build the host programs")?;
         let _flags = sh.push_env("RUSTFLAGS", "-C target-feature=+crt-static");
         let _link = sh.push_env("LIBSECCOMP_LINK_TYPE", "static");
         let _path = sh.push_env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
@@ -53,9 +65,10 @@ pub fn kernel() -> Result<PathBuf> {
     let source = guest_kernel::source()?;
     let sh = Shell::new()?;
     let format = "${source:Version}";
-    let version = cmd!(sh, "dpkg-query --show --showformat={format} linux-source").quiet().read().context("ask for the kernel source's version")?;
+    let version =
+        cmd!(sh, "dpkg-query --show --showformat={format} linux-source").quiet().read().context("ask for the kernel source's version")?;
     let name = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let key = cache::key([guest_kernel::FRAGMENT.as_bytes(), name.as_bytes(), version.as_bytes(), include_bytes!("../../guest-kernel/src/lib.rs").as_slice()]);
+    let key = cache::key([guest_kernel::FRAGMENT.as_bytes(), name.as_bytes(), version.as_bytes(), guest_kernel::RECIPE.as_bytes()]);
     let dir = cache::entry("kernel", &key, |dir| {
         progress::step("building the guest kernel (once a machine, about 8 minutes on two cores)", || {
             let work = tempfile::Builder::new().prefix("caisson-kernel-").tempdir_in(cache::root()?)?;

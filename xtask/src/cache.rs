@@ -31,6 +31,26 @@ pub fn key<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// How many entries of a kind are kept: a node's image alone takes more than two gigabytes.
+const KEPT: usize = 3;
+
+/// Removes the oldest entries of a kind, never `newest`.
+fn prune(kind_dir: &Path, newest: &Path) {
+    let mut entries: Vec<_> = std::fs::read_dir(kind_dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.path() != newest && !entry.file_name().to_string_lossy().starts_with('.'))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    entries.sort();
+    entries.reverse();
+    for (_, path) in entries.into_iter().skip(KEPT - 1) {
+        // What cannot be removed now is tried again with the next entry.
+        let _ = std::fs::remove_dir_all(path);
+    }
+}
+
 /// The folder `<root>/<kind>/<key>`, made by `make` (which is given an empty folder) when absent.
 pub fn entry(kind: &str, key: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let kind_dir = root()?.join(kind);
@@ -43,7 +63,10 @@ pub fn entry(kind: &str, key: &str, make: impl FnOnce(&Path) -> Result<()>) -> R
     make(scratch.path())?;
     let scratch = scratch.keep();
     match std::fs::rename(&scratch, &done) {
-        Ok(()) => Ok(done),
+        Ok(()) => {
+            prune(&kind_dir, &done);
+            Ok(done)
+        }
         // Another process finished the same entry first: its result is as good.
         Err(_) if done.is_dir() => {
             std::fs::remove_dir_all(&scratch)?;

@@ -1,5 +1,6 @@
 //! The developer's commands. `cargo xtask help` lists them.
 
+mod bench;
 mod build;
 mod cache;
 mod demo;
@@ -41,6 +42,8 @@ enum Command {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Measure, and print the figures as a table and as JSON
+    Bench(bench::BenchArgs),
     /// Check the house rules
     Tidy,
     /// Install Caisson below a root folder
@@ -76,6 +79,7 @@ fn run(command: Command) -> Result<i32> {
         }
         Command::Node(args) => node::run(&args),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Bench(args) => bench::run(&args),
         Command::Tidy => tidy::run(),
         Command::Install { root } => {
             install::into(&build::all()?, &root)?;

@@ -67,14 +67,22 @@ pub fn download(suite: &str, packages: &[&str], dependencies: bool) -> Result<Ve
     let options = &options(&sh, suite)?;
     let lists = cache::root()?.join("apt").join(suite);
     let stamp = lists.join("updated");
-    let fresh = stamp.metadata().and_then(|meta| meta.modified()).is_ok_and(|time| {
-        time.elapsed().is_ok_and(|age| age < std::time::Duration::from_secs(12 * 3600))
-    });
+    let fresh = stamp
+        .metadata()
+        .and_then(|meta| meta.modified())
+        .is_ok_and(|time| time.elapsed().is_ok_and(|age| age < std::time::Duration::from_secs(12 * 3600)));
     if !fresh {
-        cmd!(sh, "apt-get {options...} -qq update").quiet().ignore_stdout().run().with_context(|| format!("update the package lists of {suite}"))?;
+        cmd!(sh, "apt-get {options...} -qq update")
+            .quiet()
+            .ignore_stdout()
+            .run()
+            .with_context(|| format!("update the package lists of {suite}"))?;
         sh.write_file(&stamp, "")?;
     }
-    let plan = cmd!(sh, "apt-get {options...} -qq --simulate install {packages...}").quiet().read().with_context(|| format!("resolve the packages of {suite}"))?;
+    let plan = cmd!(sh, "apt-get {options...} -qq --simulate install {packages...}")
+        .quiet()
+        .read()
+        .with_context(|| format!("resolve the packages of {suite}"))?;
     let wanted: Vec<(String, String)> = plan
         .lines()
         .filter_map(|line| line.strip_prefix("Inst "))
@@ -92,7 +100,9 @@ pub fn download(suite: &str, packages: &[&str], dependencies: bool) -> Result<Ve
             ["amd64", "all"].map(|arch| archives.join(format!("{name}_{}_{arch}.deb", version.replace(':', "%3a"))))
         })
         .collect();
-    let have = |name: &str| files.iter().any(|file| file.exists() && file.file_name().is_some_and(|f| f.to_string_lossy().starts_with(&format!("{name}_"))));
+    let have = |name: &str| {
+        files.iter().any(|file| file.exists() && file.file_name().is_some_and(|f| f.to_string_lossy().starts_with(&format!("{name}_"))))
+    };
     if !wanted.iter().all(|(name, _)| have(name)) {
         if dependencies {
             cmd!(sh, "apt-get {options...} -qq -y --download-only install {packages...}").quiet().ignore_stdout().run()

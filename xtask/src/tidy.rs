@@ -9,7 +9,7 @@ use xshell::{Shell, cmd};
 use crate::build;
 
 /// Longest file and function of Rust, in lines. The first is what reads well; tests count.
-const MAX_FILE: usize = 480;
+const MAX_FILE: usize = 500;
 const MAX_FUNCTION: usize = 90;
 /// Crates that may depend on which of ours. `tests` drive built programs and depend on none.
 const LAYERS: &[(&str, &[&str])] = &[
@@ -26,14 +26,21 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("xtask", &["caisson-guest-kernel", "caisson-image-builder"]),
 ];
 /// Words that mark unfinished work, put together so that this file does not hold them.
-const MARKS: &[&str] = &[concat!("TO", "DO"), concat!("FIX", "ME"), concat!("X", "XX"), concat!("unimpl", "emented!"), concat!("#[ign", "ore")];
+const MARKS: &[&str] =
+    &[concat!("TO", "DO"), concat!("FIX", "ME"), concat!("X", "XX"), concat!("unimpl", "emented!"), concat!("#[ign", "ore")];
 
 /// Checks all rules and prints each violation; returns the exit code.
 pub fn run() -> Result<i32> {
     let sh = Shell::new()?;
     let top = build::source_dir()?;
     sh.change_dir(&top);
-    let files: Vec<String> = cmd!(sh, "git ls-files --cached --others --exclude-standard").quiet().read()?.lines().map(str::to_owned).filter(|file| top.join(file).is_file()).collect();
+    let files: Vec<String> = cmd!(sh, "git ls-files --cached --others --exclude-standard")
+        .quiet()
+        .read()?
+        .lines()
+        .map(str::to_owned)
+        .filter(|file| top.join(file).is_file())
+        .collect();
     let mut problems = Vec::new();
     layers(&top, &mut problems)?;
     for file in &files {
@@ -118,7 +125,8 @@ fn function_lengths(file: &str, lines: &[&str], problems: &mut Vec<String>) {
     for (start, line) in lines.iter().enumerate() {
         let indent = line.len() - line.trim_start().len();
         let code = line.trim_start();
-        let is_function = ["fn ", "pub fn ", "async fn ", "pub async fn ", "const fn ", "pub const fn "].iter().any(|prefix| code.starts_with(prefix));
+        let is_function =
+            ["fn ", "pub fn ", "async fn ", "pub async fn ", "const fn ", "pub const fn "].iter().any(|prefix| code.starts_with(prefix));
         if !is_function || !line.ends_with('{') {
             continue;
         }

@@ -64,7 +64,9 @@ impl VhostUserFs {
     fn hand_over_queue(&mut self, index: usize, queue: &ActiveQueue, memory: &GuestMemory, interrupt: &Interrupt) -> vhost::Result<()> {
         let layout = queue.layout();
         self.server.set_vring_num(index, layout.size())?;
-        let host = |address| memory.get_host_address(vm_memory::GuestAddress(address)).map(|host| host as u64).map_err(|_| vhost::Error::InvalidGuestMemory);
+        let host = |address| {
+            memory.get_host_address(vm_memory::GuestAddress(address)).map(|host| host as u64).map_err(|_| vhost::Error::InvalidGuestMemory)
+        };
         let config = VringConfigData {
             queue_max_size: layout.max_size(),
             queue_size: layout.size(),

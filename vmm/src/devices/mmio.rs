@@ -204,7 +204,12 @@ impl MmioTransport {
     /// Hands the queues to the device; a device that cannot be activated says so by NEEDS_RESET.
     fn activate(&mut self) {
         let activated = self.active_queues().and_then(|queues| {
-            let activation = Activation { features: self.state.driver_features, queues, memory: self.memory.clone(), interrupt: Arc::clone(&self.interrupt) };
+            let activation = Activation {
+                features: self.state.driver_features,
+                queues,
+                memory: self.memory.clone(),
+                interrupt: Arc::clone(&self.interrupt),
+            };
             self.device.activate(activation).map_err(|error| format!("{error}: {}", error.source))
         });
         if activated.is_err() {

@@ -7,12 +7,40 @@ use xshell::{Shell, cmd};
 
 use crate::{cache, packages, progress};
 
+/// Names how the image is made, beside the lists and scripts below; to be changed with [`build`], so
+/// that a kept image is made anew.
+const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, 1";
 /// The release that the node is made of.
 const SUITE: &str = "trixie";
 const PACKAGES: &[&str] = &[
-    "acl", "attr", "bash", "busybox-static", "containernetworking-plugins", "coreutils", "e2fsprogs",
-    "findutils", "fio", "grep", "gawk", "sed", "diffutils", "iproute2", "iptables", "jq", "kmod", "linux-image-amd64", "linux-perf", "mount", "nftables",
-    "procps", "qemu-system-x86", "runc", "socat", "strace", "util-linux", "xz-utils",
+    "acl",
+    "attr",
+    "bash",
+    "busybox-static",
+    "containernetworking-plugins",
+    "coreutils",
+    "e2fsprogs",
+    "findutils",
+    "fio",
+    "grep",
+    "gawk",
+    "sed",
+    "diffutils",
+    "iproute2",
+    "iptables",
+    "jq",
+    "kmod",
+    "linux-image-amd64",
+    "linux-perf",
+    "mount",
+    "nftables",
+    "procps",
+    "qemu-system-x86",
+    "runc",
+    "socat",
+    "strace",
+    "util-linux",
+    "xz-utils",
 ];
 /// The containerd versions that one Caisson binary has to serve: release, folder. The first is the node's default.
 const CONTAINERDS: &[(&str, &str)] = &[("sid", "2"), ("trixie", "1.7"), ("bookworm", "1.6")];
@@ -54,8 +82,10 @@ impl NodeImage {
 /// The node's image, from the cache when nothing that it is made of changed.
 pub fn node_image() -> Result<NodeImage> {
     let busybox_image = caisson_image_builder::busybox_image(&cache::root()?.join("images"))?;
+    let lists = format!("{SUITE} {PACKAGES:?} {CONTAINERDS:?} {BOOT_MODULES:?}");
     let recipe = [
-        include_bytes!("image.rs").as_slice(),
+        lists.as_bytes(),
+        RECIPE.as_bytes(),
         INIT.as_bytes(),
         CONTAINERD_SCRIPT.as_bytes(),
         CONTAINERD_CONFIG.as_bytes(),
@@ -65,9 +95,13 @@ pub fn node_image() -> Result<NodeImage> {
     ];
     let key = cache::key(recipe);
     let dir = cache::entry("node", &key, |dir| {
-        let files = progress::step("downloading the node's packages (300 MB once a machine)", || packages::download(SUITE, PACKAGES, true))?;
+        let files =
+            progress::step("downloading the node's packages (300 MB once a machine)", || packages::download(SUITE, PACKAGES, true))?;
         let containerds = progress::step("downloading containerd 1.6, 1.7 and 2.x", || {
-            CONTAINERDS.iter().map(|(suite, version)| Ok((*version, packages::download(suite, &["containerd"], false)?))).collect::<Result<Vec<_>>>()
+            CONTAINERDS
+                .iter()
+                .map(|(suite, version)| Ok((*version, packages::download(suite, &["containerd"], false)?)))
+                .collect::<Result<Vec<_>>>()
         })?;
         progress::step("making the node's root file system", || build(dir, &files, &containerds, &busybox_image))
     })?;
@@ -94,10 +128,30 @@ fn build(dir: &Path, files: &[PathBuf], containerds: &[(&str, Vec<PathBuf>)], bu
         sh.remove_path(&scratch)?;
     }
     merge_usr(&sh, &tree)?;
-    for dir in ["proc", "sys", "dev", "run", "tmp", "root", "etc/cni/net.d", "etc/containerd", "var/lib/containerd", "var/log", "usr/lib/node", "share", "node", "caisson"] {
+    for dir in [
+        "proc",
+        "sys",
+        "dev",
+        "run",
+        "tmp",
+        "root",
+        "etc/cni/net.d",
+        "etc/containerd",
+        "var/lib/containerd",
+        "var/log",
+        "usr/lib/node",
+        "share",
+        "node",
+        "caisson",
+    ] {
         sh.create_dir(tree.join(dir))?;
     }
-    for (name, target) in [("iptables", "xtables-nft-multi"), ("iptables-save", "xtables-nft-multi"), ("iptables-restore", "xtables-nft-multi"), ("ip6tables", "xtables-nft-multi")] {
+    for (name, target) in [
+        ("iptables", "xtables-nft-multi"),
+        ("iptables-save", "xtables-nft-multi"),
+        ("iptables-restore", "xtables-nft-multi"),
+        ("ip6tables", "xtables-nft-multi"),
+    ] {
         cmd!(sh, "ln -sfn {target} {tree}/usr/sbin/{name}").quiet().run()?;
     }
     for applet in ["ping", "vi", "wget", "nc", "hostname", "less"] {
@@ -180,9 +234,12 @@ fn build_initramfs(sh: &Shell, tree: &Path, release: &str, target: &Path) -> Res
     let deps = sh.read_file(modules.join("modules.dep"))?;
     let mut order: Vec<String> = Vec::new();
     for name in BOOT_MODULES {
-        let line = deps
-            .lines()
-            .find(|line| line.split(':').next().and_then(|path| Path::new(path).file_name()).is_some_and(|file| file.to_string_lossy().split('.').next() == Some(*name)));
+        let line = deps.lines().find(|line| {
+            line.split(':')
+                .next()
+                .and_then(|path| Path::new(path).file_name())
+                .is_some_and(|file| file.to_string_lossy().split('.').next() == Some(*name))
+        });
         // A module that is missing is built into this kernel.
         let Some(line) = line else { continue };
         let (module, needs) = line.split_once(':').context("parse modules.dep")?;

@@ -57,7 +57,15 @@ pub struct NodeArgs {
 impl NodeArgs {
     /// A node of the usual shape with a shared folder.
     pub fn usual(share: &Path, command: Vec<String>) -> Self {
-        Self { share: Some(share.to_owned()), containerd: None, memory: DEFAULT_MEMORY_MIB, cpus: DEFAULT_CPUS, counted: false, host: false, command }
+        Self {
+            share: Some(share.to_owned()),
+            containerd: None,
+            memory: DEFAULT_MEMORY_MIB,
+            cpus: DEFAULT_CPUS,
+            counted: false,
+            host: false,
+            command,
+        }
     }
 }
 

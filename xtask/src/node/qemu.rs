@@ -70,7 +70,14 @@ impl Qemu {
         command.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initramfs());
         command.args(["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on tsc=reliable clocksource=tsc"]);
         command.arg("-drive").arg(format!("file={},if=none,id=root,format=raw,readonly=on,cache=unsafe", image.disk().display()));
-        command.args(["-device", "virtio-blk-pci,drive=root", "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]);
+        command.args([
+            "-device",
+            "virtio-blk-pci,drive=root",
+            "-object",
+            "rng-random,id=rng,filename=/dev/urandom",
+            "-device",
+            "virtio-rng-pci,rng=rng",
+        ]);
         command.arg("-serial").arg(format!("file:{}", sockets.path().join("console").display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", sockets.path().join("qmp").display()));
         command.args(["-device", "virtio-serial-pci"]);
@@ -86,7 +93,12 @@ impl Qemu {
             command.arg("-incoming").arg(format!("file:{}", state.display()));
         }
         let log = std::fs::File::create(sockets.path().join("qemu.log"))?;
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().context("start QEMU (setpriv is needed, of package util-linux)")?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("start QEMU (setpriv is needed, of package util-linux)")?;
         Ok(Self { child, sockets })
     }
 
@@ -95,7 +107,9 @@ impl Qemu {
         let path = self.sockets.path().join(name);
         poll_until(timeout, "connect to QEMU", || match UnixStream::connect(&path) {
             Ok(stream) => Ok(Some(stream)),
-            Err(_) if self.gone() => bail!("QEMU ended: {}", std::fs::read_to_string(self.sockets.path().join("qemu.log")).unwrap_or_default().trim()),
+            Err(_) if self.gone() => {
+                bail!("QEMU ended: {}", std::fs::read_to_string(self.sockets.path().join("qemu.log")).unwrap_or_default().trim())
+            }
             Err(_) => Ok(None),
         })
     }

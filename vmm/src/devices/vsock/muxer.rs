@@ -50,7 +50,17 @@ pub struct Muxer {
 impl Muxer {
     /// No streams; their descriptors are watched by `epoll`.
     pub fn new(epoll: Arc<Epoll>) -> Self {
-        Self { epoll, offers: HashMap::new(), streams: BTreeMap::new(), numbers: HashMap::new(), next_number: 0, outgoing: VecDeque::new(), refusals: VecDeque::new(), opened: Vec::new(), closed: Vec::new() }
+        Self {
+            epoll,
+            offers: HashMap::new(),
+            streams: BTreeMap::new(),
+            numbers: HashMap::new(),
+            next_number: 0,
+            outgoing: VecDeque::new(),
+            refusals: VecDeque::new(),
+            opened: Vec::new(),
+            closed: Vec::new(),
+        }
     }
 
     /// Lets the guest connect to a port, once.
@@ -194,10 +204,14 @@ impl Muxer {
     /// After anything happened to a stream: waits for its descriptors, queues what it has to send.
     fn settle(&mut self, number: u64) {
         let Some(stream) = self.streams.get_mut(&number) else { return };
-        if stream.awaits_source() && let Some(source) = &stream.source {
+        if stream.awaits_source()
+            && let Some(source) = &stream.source
+        {
             arm(&self.epoll, source.fd.as_raw_fd(), source_token(number), EventSet::IN);
         }
-        if stream.awaits_sink() && let Some(sink) = stream.sink() {
+        if stream.awaits_sink()
+            && let Some(sink) = stream.sink()
+        {
             arm(&self.epoll, sink.as_raw_fd(), sink_token(number), EventSet::OUT);
         }
         if stream.is_over() && !stream.owes_reset() {

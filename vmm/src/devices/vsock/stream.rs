@@ -238,7 +238,10 @@ impl Stream {
 
     /// Whether [`Stream::next`] may have something.
     pub fn has_output(&self) -> bool {
-        self.is_over() || !self.accepted || self.credit_wanted || (!self.ended && self.source.as_ref().is_some_and(|source| source.ready) && self.peer_room() > 0)
+        self.is_over()
+            || !self.accepted
+            || self.credit_wanted
+            || (!self.ended && self.source.as_ref().is_some_and(|source| source.ready) && self.peer_room() > 0)
     }
 
     /// Whether the source must become readable before there is more to send.

@@ -38,7 +38,18 @@ impl Guest {
     }
 
     fn send_with(&mut self, op: u16, flags: u32, data: &[u8]) {
-        let header = Header { src_cid: GUEST_CID, dst_cid: HOST_CID, src_port: GUEST_PORT, dst_port: PORT, type_: TYPE_STREAM, op, flags, buf_alloc: 1 << 20, len: data.len() as u32, ..Header::default() };
+        let header = Header {
+            src_cid: GUEST_CID,
+            dst_cid: HOST_CID,
+            src_port: GUEST_PORT,
+            dst_port: PORT,
+            type_: TYPE_STREAM,
+            op,
+            flags,
+            buf_alloc: 1 << 20,
+            len: data.len() as u32,
+            ..Header::default()
+        };
         self.muxer.receive(&header, data);
     }
 
@@ -162,7 +173,8 @@ fn a_fifo_without_a_writer_has_not_ended() {
     let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
     let path = dir.as_path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let source = nix::fcntl::open(&path, nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_NONBLOCK, nix::sys::stat::Mode::empty()).unwrap();
+    let source =
+        nix::fcntl::open(&path, nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_NONBLOCK, nix::sys::stat::Mode::empty()).unwrap();
     let mut guest = Guest::new();
     guest.offer(Ends::Source, vec![source]);
     guest.connect();
@@ -217,7 +229,17 @@ fn no_more_is_sent_than_the_guest_has_room_for() {
     let mut guest = Guest::new();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     guest.offer(Ends::Duplex, vec![theirs.into()]);
-    let request = |op, fwd_cnt| Header { src_cid: GUEST_CID, dst_cid: HOST_CID, src_port: GUEST_PORT, dst_port: PORT, type_: TYPE_STREAM, op, buf_alloc: 100, fwd_cnt, ..Header::default() };
+    let request = |op, fwd_cnt| Header {
+        src_cid: GUEST_CID,
+        dst_cid: HOST_CID,
+        src_port: GUEST_PORT,
+        dst_port: PORT,
+        type_: TYPE_STREAM,
+        op,
+        buf_alloc: 100,
+        fwd_cnt,
+        ..Header::default()
+    };
     guest.muxer.receive(&request(op::REQUEST, 0), &[]);
     ours.write_all(&[9; 250]).unwrap();
     let sizes = |packets: Vec<(u16, Vec<u8>)>| packets.iter().map(|(_, data)| data.len()).sum::<usize>();

@@ -1,0 +1,122 @@
+//! `cargo xtask bench`: figures of one node run, as a table and as JSON.
+//!
+//! Everything is measured beside its peer in the same node, because emulated time means little by
+//! itself; with `--counted` the node's clock counts instructions and runs can be compared.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::build;
+use crate::node::{self, NodeArgs};
+
+/// Prints `NAME VALUE` lines; see [`UNITS`].
+const SCRIPT: &str = include_str!("node/bench.sh");
+
+/// Unit of each figure, by the first word of its name.
+const UNITS: &[(&str, &str)] = &[("start", "ms"), ("run", "ms"), ("phase", "ms"), ("memory", "KiB"), ("size", "KiB")];
+/// Ratios: name, ours, the peer's.
+const RATIOS: &[(&str, &str, &str)] = &[
+    ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),
+    ("ctr run true / runc", "run.caisson", "run.runc"),
+];
+
+/// What `cargo xtask bench` was asked for.
+#[derive(clap::Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// Runs of each figure; the median and the spread are printed
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub runs: u32,
+    /// Measure on the instruction clock
+    #[arg(long)]
+    pub counted: bool,
+    /// Where the figures are written as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Measures and prints; returns the exit code.
+pub fn run(args: &BenchArgs) -> Result<i32> {
+    let share = tempfile::tempdir()?;
+    let script = share.path().join("bench.sh");
+    std::fs::write(&script, SCRIPT)?;
+    let command = ["bash", "/share/bench.sh", &args.runs.to_string()].map(str::to_owned).to_vec();
+    let mut node_args = NodeArgs::usual(share.path(), command);
+    node_args.counted = args.counted;
+    let code = node::run(&node_args)?;
+    if code != 0 {
+        return Ok(code);
+    }
+    let text = std::fs::read_to_string(share.path().join("figures")).context("read the figures")?;
+    let figures = parse(&text);
+    print_table(&figures);
+    let json = serde_json::json!({
+        "version": env!("CARGO_PKG_VERSION"), "counted": args.counted, "runs": args.runs,
+        "figures": figures.iter().map(|(name, values)| (name.clone(), serde_json::json!({"median": median(values), "min": values.first(), "max": values.last(), "unit": unit(name)}))).collect::<BTreeMap<_, _>>(),
+        "ratios": ratios(&figures).into_iter().collect::<BTreeMap<_, _>>(),
+    });
+    let path = args.json.clone().unwrap_or(build::source_dir()?.join(if args.counted {
+        "target/bench-counted.json"
+    } else {
+        "target/bench.json"
+    }));
+    std::fs::write(&path, serde_json::to_string_pretty(&json)?).with_context(|| format!("write {}", path.display()))?;
+    println!("\n{}", path.display());
+    Ok(0)
+}
+
+/// Values by name, each sorted.
+fn parse(text: &str) -> BTreeMap<String, Vec<f64>> {
+    let mut figures: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for line in text.lines() {
+        if let Some((name, value)) = line.split_once(' ')
+            && let Ok(value) = value.trim().parse()
+        {
+            figures.entry(name.to_owned()).or_default().push(value);
+        }
+    }
+    figures.values_mut().for_each(|values| values.sort_by(f64::total_cmp));
+    figures
+}
+
+/// Of sorted values.
+fn median(values: &[f64]) -> f64 {
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn unit(name: &str) -> &'static str {
+    UNITS.iter().find(|(prefix, _)| name.split('.').next() == Some(prefix)).map_or("", |(_, unit)| unit)
+}
+
+fn ratios(figures: &BTreeMap<String, Vec<f64>>) -> Vec<(&'static str, f64)> {
+    RATIOS.iter().filter_map(|(name, ours, peer)| Some((*name, median(figures.get(*ours)?) / median(figures.get(*peer)?)))).collect()
+}
+
+fn print_table(figures: &BTreeMap<String, Vec<f64>>) {
+    println!("{:<36} {:>10} {:>10} {:>10} unit", "figure", "median", "least", "most");
+    for (name, values) in figures {
+        println!(
+            "{name:<36} {:>10.0} {:>10.0} {:>10.0} {}",
+            median(values),
+            values.first().unwrap_or(&f64::NAN),
+            values.last().unwrap_or(&f64::NAN),
+            unit(name)
+        );
+    }
+    for (name, ratio) in ratios(figures) {
+        println!("{name:<58} {ratio:>10.2}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_of_all_runs_and_ratios_of_medians() {
+        let figures = parse("run.caisson 30\nrun.caisson 10\nrun.caisson 20\nrun.runc 10\nnoise\n");
+        assert_eq!(median(&figures["run.caisson"]), 20.0);
+        assert_eq!(ratios(&figures), [("ctr run true / runc", 2.0)]);
+    }
+}
