@@ -23,6 +23,7 @@ use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::errno::Errno;
+use nix::sys::signal::SigSet;
 use serde::{Deserialize, Serialize};
 
 /// The agent's first argument when it is to be a helper.
@@ -64,6 +65,10 @@ pub enum Report {
 
 /// The helper's main; returns the exit code.
 pub fn main(arguments: &[String]) -> i32 {
+    // The agent's threads block all signals, and a program keeps the mask that it is started with.
+    if SigSet::empty().thread_set_mask().is_err() {
+        return 1;
+    }
     // SAFETY: the agent started us with the socket at this descriptor, and nothing else owns it.
     let mut agent = unsafe { UnixStream::from_raw_fd(REPORT_FD) };
     // The container must not inherit it.

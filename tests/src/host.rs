@@ -36,6 +36,14 @@ impl Inventory {
     }
 }
 
+/// The last lines that shims wrote to containerd's log: why a machine ended, say.
+pub fn shim_log() -> String {
+    let log = std::fs::read("/var/log/containerd.log").unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("runtime=io.containerd.caisson.v2")).collect();
+    lines[lines.len().saturating_sub(6)..].join("\n")
+}
+
 fn walk(dir: &Path, items: &mut BTreeSet<String>, files: bool) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();

@@ -24,7 +24,7 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
                 std::panic::catch_unwind(test).map_err(|panic| {
                     let text =
                         panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-                    Failed::from(text.unwrap_or_else(|| "panicked".into()))
+                    Failed::from(format!("{}\n{}", text.unwrap_or_else(|| "panicked".into()), host::shim_log()))
                 })
             })
         })
