@@ -23,7 +23,9 @@ impl Inventory {
         }
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         items.extend(mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| format!("mount {point}")));
-        for dir in ["/run/caisson", "/run/containerd/s", "/run/containerd/fifo", "/run/containerd/io.containerd.runtime.v2.task"] {
+        // Not /run/containerd/fifo: ctr makes that, and removes it when it deletes a task, which a task
+        // whose shim died never comes to.
+        for dir in ["/run/caisson", "/run/containerd/s", "/run/containerd/io.containerd.runtime.v2.task"] {
             walk(Path::new(dir), &mut items, true);
         }
         walk(Path::new("/sys/fs/cgroup"), &mut items, false);
