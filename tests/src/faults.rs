@@ -43,10 +43,10 @@ fn assert_refused(options: &[&str], words: &[&str]) {
 }
 
 /// A configuration for one test.
-struct Config;
+pub struct Config;
 
 impl Config {
-    fn set(text: &str) -> Self {
+    pub fn set(text: &str) -> Self {
         std::fs::create_dir_all("/etc/caisson").unwrap();
         std::fs::write("/etc/caisson/config.toml", text).unwrap();
         Self
