@@ -40,7 +40,7 @@ fn main() {
         std::process::exit(helper::main(&arguments[2..]));
     }
     let started = boot::uptime_us();
-    // PID 1 must not end: the kernel panics, the VMM sees it, and the host reports this line.
+    // PID 1 must not end: the kernel panics and the VMM sees the reset. The line is on the debug console.
     if let Err(error) = run(started) {
         boot::log(&format!("agent: {error:#}"));
         std::process::exit(1);

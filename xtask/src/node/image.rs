@@ -171,7 +171,7 @@ fn build(dir: &Path, files: &[PathBuf], containerds: &[(&str, Vec<PathBuf>)], bu
     sh.copy_file(busybox_image, tree.join("usr/lib/node/busybox.tar"))?;
 
     let release = kernel_release(&tree)?;
-    run_from_tree(&sh, &tree, "usr/bin/kmod", &["--argv0", "depmod"], &["-b".into(), tree.display().to_string(), release.clone()])?;
+    run_from_tree(&tree, "usr/bin/kmod", &["--argv0", "depmod"], &["-b".into(), tree.display().to_string(), release.clone()])?;
     sh.copy_file(tree.join("boot").join(format!("vmlinuz-{release}")), dir.join("vmlinuz"))?;
     sh.remove_path(tree.join("boot"))?;
     build_initramfs(&sh, &tree, &release, &dir.join("initramfs"))?;
@@ -222,7 +222,7 @@ pub fn tree_command(tree: &Path, program: &str, loader_args: &[&str]) -> std::pr
     command
 }
 
-fn run_from_tree(_sh: &Shell, tree: &Path, program: &str, loader_args: &[&str], args: &[String]) -> Result<()> {
+fn run_from_tree(tree: &Path, program: &str, loader_args: &[&str], args: &[String]) -> Result<()> {
     let status = tree_command(tree, program, loader_args).args(args).status().with_context(|| format!("run {program}"))?;
     anyhow::ensure!(status.success(), "run {program}: {status}");
     Ok(())
