@@ -187,8 +187,9 @@ impl Stream {
             }
         }
         self.forwarded = self.forwarded.wrapping_add(taken as u32);
-        // The guest was told of too little room to go on at full speed.
-        if self.received.wrapping_sub(self.announced) > BUFFER / 2 {
+        // The guest was told of too little room to go on at full speed. One that sends no more need
+        // not be told: having forgotten the connection it would answer each time, without end.
+        if !self.guest_done && self.received.wrapping_sub(self.announced) > BUFFER / 2 {
             self.credit_wanted = true;
         }
         taken
@@ -214,6 +215,7 @@ impl Stream {
     pub fn guest_reset(&mut self) {
         self.guest_gone = true;
         self.guest_done = true;
+        self.credit_wanted = false;
         self.source = None;
         self.flush();
     }

@@ -144,6 +144,28 @@ fn what_a_slow_reader_has_not_taken_is_kept_when_the_guest_closes() {
 }
 
 #[test]
+fn a_guest_that_forgot_a_stream_hears_nothing_more_of_it() {
+    let mut guest = Guest::new();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    guest.offer(Ends::Sink, vec![writer.into()]);
+    guest.connect();
+    let data = vec![7; 64 << 10];
+    for _ in 0..4 {
+        guest.send(op::RW, &data);
+    }
+    guest.ops();
+    guest.send_with(op::SHUTDOWN, SHUTDOWN_SEND | SHUTDOWN_RECEIVE, &[]);
+    guest.send(op::RST, &[]);
+    assert!(guest.ops().is_empty());
+    let mut taken = vec![0; 64 << 10];
+    for _ in 0..4 {
+        reader.read_exact(&mut taken).unwrap();
+        assert!(guest.ops().is_empty());
+    }
+    assert_eq!(guest.muxer.take_closed(), [PORT]);
+}
+
+#[test]
 fn a_guest_that_sends_more_than_it_may_loses_the_stream() {
     let mut guest = Guest::new();
     let (_reader, writer) = std::io::pipe().unwrap();
