@@ -4,9 +4,10 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use caisson_protocol::guest::{SHARE_DIR, SHARE_TAG};
+use caisson_protocol::guest::{SHARE_DIR, SHARE_TAG, SHM_DIR};
 use nix::mount::{MsFlags, mount};
 
+use crate::cgroup::enable_controllers;
 use crate::network;
 
 const NO_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
@@ -18,7 +19,7 @@ const MOUNTS: &[(&str, &str, &str, MsFlags, &str)] = &[
     ("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "mode=0755"),
     ("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=0755"),
     ("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "newinstance,ptmxmode=0666,mode=0620,gid=5"),
-    ("shm", "/dev/shm", "tmpfs", NO_EXEC, "mode=1777"),
+    ("shm", SHM_DIR, "tmpfs", NO_EXEC, "mode=1777"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", NO_EXEC, "nsdelegate"),
     (SHARE_TAG, SHARE_DIR, "virtiofs", MsFlags::empty(), ""),
 ];
@@ -60,7 +61,17 @@ pub fn mount_all() -> Result<()> {
     // Containers' mounts must not come back to us, but what we mount later must reach them.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>).context("make mounts shared")?;
     enable_controllers(Path::new("/sys/fs/cgroup"))?;
+    // A container that reaches a process of ours could otherwise write to the program it runs.
+    let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>).context("make the agent's own root read-only")?;
     network::loopback_up()
+}
+
+/// Sets the size of the pod's shared memory.
+pub fn resize_shm(bytes: u64) -> Result<()> {
+    let options = format!("mode=1777,size={bytes}");
+    let flags = NO_EXEC | MsFlags::MS_REMOUNT;
+    mount(None::<&str>, SHM_DIR, None::<&str>, flags, Some(options.as_str())).context("size the pod's shared memory")
 }
 
 /// Lays a bind mount of the root over the root and moves onto it.
@@ -76,11 +87,4 @@ fn leave_rootfs() -> Result<()> {
     nix::unistd::chroot(".")?;
     nix::unistd::chdir("/")?;
     Ok(())
-}
-
-/// Lets the children of a cgroup use every controller that it has.
-pub fn enable_controllers(cgroup: &Path) -> Result<()> {
-    let controllers = std::fs::read_to_string(cgroup.join("cgroup.controllers")).context("read the cgroup controllers")?;
-    let enable: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
-    std::fs::write(cgroup.join("cgroup.subtree_control"), enable.join(" ")).context("enable the cgroup controllers")
 }

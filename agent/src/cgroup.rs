@@ -26,11 +26,6 @@ impl Cgroup {
         Self(PathBuf::from(format!("{MOUNT}{PARENT}/{container}")))
     }
 
-    /// Its path below the mount, as the container's specification names it.
-    pub fn path_of(container: &str) -> PathBuf {
-        Path::new(PARENT).join(container)
-    }
-
     /// Its folder.
     pub fn dir(&self) -> &Path {
         &self.0
@@ -38,6 +33,22 @@ impl Cgroup {
 
     fn write(&self, file: &str, value: &str) -> Result<()> {
         std::fs::write(self.0.join(file), value).with_context(|| format!("write {value:?} to the container's {file}"))
+    }
+
+    /// Makes it, with the limits that a specification asks for.
+    pub fn create(&self, resources: Option<&oci_spec::runtime::LinuxResources>) -> Result<()> {
+        let parent = Path::new(MOUNT).join(PARENT.trim_start_matches('/'));
+        if !parent.exists() {
+            std::fs::create_dir(&parent).context("create the containers' cgroup")?;
+            enable_controllers(&parent)?;
+        }
+        std::fs::create_dir(&self.0).context("create the container's cgroup")?;
+        resources.map_or(Ok(()), |resources| self.update(resources))
+    }
+
+    /// Moves the calling process into it.
+    pub fn enter(&self) -> Result<()> {
+        self.write("cgroup.procs", "0")
     }
 
     /// Kills every process in it; it may be gone.
@@ -128,6 +139,13 @@ impl Cgroup {
     }
 }
 
+/// Lets the children of a cgroup use every controller that it has.
+pub fn enable_controllers(cgroup: &Path) -> Result<()> {
+    let controllers = std::fs::read_to_string(cgroup.join("cgroup.controllers")).context("read the cgroup controllers")?;
+    let enable: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+    std::fs::write(cgroup.join("cgroup.subtree_control"), enable.join(" ")).context("enable the cgroup controllers")
+}
+
 fn collect_pids(dir: &Path, pids: &mut Vec<u32>) -> std::io::Result<()> {
     pids.extend(std::fs::read_to_string(dir.join("cgroup.procs"))?.lines().filter_map(|line| line.parse::<u32>().ok()));
     for entry in std::fs::read_dir(dir)? {
@@ -214,6 +232,30 @@ fn limits(resources: &oci_spec::runtime::LinuxResources) -> Vec<(String, String)
         }
         if let Some(mems) = cpu.mems().as_ref().filter(|mems| !mems.is_empty()) {
             set("cpuset.mems", mems.clone());
+        }
+    }
+    if let Some(idle) = resources.cpu().as_ref().and_then(|cpu| cpu.idle()) {
+        set("cpu.idle", idle.to_string());
+    }
+    for limit in resources.hugepage_limits().iter().flatten() {
+        set(&format!("hugetlb.{}.max", limit.page_size()), limit.limit().to_string());
+        // What is reserved by mmap counts as well as what is touched.
+        set(&format!("hugetlb.{}.rsvd.max", limit.page_size()), limit.limit().to_string());
+    }
+    if let Some(io) = resources.block_io() {
+        if let Some(weight) = io.weight().filter(|weight| *weight > 0) {
+            // 10..1000 to 1..10000.
+            set("io.weight", format!("default {}", 1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990));
+        }
+        for (devices, key) in [
+            (io.throttle_read_bps_device(), "rbps"),
+            (io.throttle_write_bps_device(), "wbps"),
+            (io.throttle_read_iops_device(), "riops"),
+            (io.throttle_write_iops_device(), "wiops"),
+        ] {
+            for device in devices.iter().flatten() {
+                set("io.max", format!("{}:{} {key}={}", device.major(), device.minor(), device.rate()));
+            }
         }
     }
     if let Some(pids) = resources.pids() {

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
@@ -11,10 +10,10 @@ use nix::unistd::Pid;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
-use crate::helper::{self, STATE_DIR, bundle_dir};
-use crate::process::{self, Helper};
+use crate::init::{bundle_dir, process_file, spec_file};
+use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
-use crate::{devices, network, sys};
+use crate::{devices, sys};
 
 /// A request that cannot be served; the service maps it to a ttrpc code.
 #[derive(Debug, thiserror::Error)]
@@ -42,8 +41,8 @@ const MAX_ID: usize = 200;
 enum Phase {
     /// An exec that was not started.
     Registered,
-    /// A container that waits in its helper.
-    Created(Helper),
+    /// A container whose process waits to be started.
+    Created(Starter),
     /// Started.
     Running,
     /// It could not be started.
@@ -107,26 +106,28 @@ impl Containers {
     }
 
     /// Makes a container up to the point where its process waits to be started.
-    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<(), Error> {
+    ///
+    /// Returns that process's id.
+    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<u32, Error> {
         check_id(id)?;
         let process = self.insert(id, "", stdio.clone())?;
         let mut process = process.lock().await;
         let container = id.to_owned();
         let made = blocking(move || {
             let spec = prepare_bundle(&container, &spec)?;
-            let made = process::make(&container, "", &stdio)?;
-            devices::restrict(&Cgroup::of(&container), &spec)?;
-            network::loopback_up_in(made.pid)?;
-            Ok(made)
+            let cgroup = Cgroup::of(&container);
+            cgroup.create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
+            devices::restrict(&cgroup, &spec)?;
+            process::make_container(&container, &spec, &stdio)
         })
         .await;
         match made {
-            Ok(made) => {
-                process.pid = Some(made.pid);
-                process.exit = Some(self.watch_container(id, made.pid));
-                process.terminal = made.terminal;
-                process.phase = Phase::Created(made.helper);
-                Ok(())
+            Ok(Made { pid, starter, terminal }) => {
+                process.pid = Some(pid);
+                process.exit = Some(self.watch_container(id, pid));
+                process.terminal = terminal;
+                process.phase = Phase::Created(starter);
+                Ok(pid.as_raw().unsigned_abs())
             }
             Err(error) => {
                 self.remove(id, "");
@@ -158,7 +159,7 @@ impl Containers {
         check_id(exec)?;
         self.find(container, "")?;
         self.insert(container, exec, stdio)?;
-        std::fs::write(helper::process_file(container, exec), process).context("write the exec's process").map_err(|error| {
+        std::fs::write(process_file(container, exec), process).context("write the exec's process").map_err(|error| {
             self.remove(container, exec);
             error.into()
         })
@@ -168,25 +169,32 @@ impl Containers {
     pub async fn start(&self, container: &str, exec: &str) -> Result<u32, Error> {
         let process = self.find(container, exec)?;
         let mut process = process.lock().await;
-        match std::mem::replace(&mut process.phase, Phase::Failed) {
-            Phase::Created(helper) => {
-                blocking(move || helper.start()).await?;
-            }
-            Phase::Registered if !exec.is_empty() => {
-                let (id, exec_id, stdio) = (container.to_owned(), exec.to_owned(), process.stdio.clone());
-                let made = blocking(move || process::make(&id, &exec_id, &stdio)).await?;
-                process.pid = Some(made.pid);
-                process.exit = Some(self.reaper.watch(made.pid));
-                process.terminal = made.terminal;
-            }
+        let starter = match std::mem::replace(&mut process.phase, Phase::Failed) {
+            Phase::Created(starter) => starter,
+            Phase::Registered if !exec.is_empty() => self.make_exec(container, exec, &mut process).await?,
             Phase::Registered => return Err(Error::Precondition(format!("{}: not created", name(container, exec)))),
             phase @ (Phase::Running | Phase::Failed) => {
                 process.phase = phase;
                 return Err(Error::Precondition(format!("{}: already started", name(container, exec))));
             }
-        }
+        };
+        blocking(move || starter.start()).await?;
         process.phase = Phase::Running;
         Ok(process.pid.map_or(0, |pid| pid.as_raw().unsigned_abs()))
+    }
+
+    async fn make_exec(&self, container: &str, exec: &str, process: &mut Process) -> Result<Starter, Error> {
+        let init = self.find(container, "")?;
+        let init = init.lock().await;
+        let Some(target) = init.pid.filter(|_| matches!(init.phase, Phase::Running) && init.exited().is_none()) else {
+            return Err(Error::Precondition(format!("{}: is not running", name(container, ""))));
+        };
+        let (id, exec, stdio) = (container.to_owned(), exec.to_owned(), process.stdio.clone());
+        let made = blocking(move || process::make_exec(&id, &exec, target, &stdio)).await?;
+        process.pid = Some(made.pid);
+        process.exit = Some(self.reaper.watch(made.pid));
+        process.terminal = made.terminal;
+        Ok(made.starter)
     }
 
     /// Returns when a process has exited.
@@ -267,7 +275,7 @@ impl Containers {
             let container = container.to_owned();
             blocking(move || clean_up(&container)).await?;
         } else {
-            let _ = std::fs::remove_file(helper::process_file(container, exec));
+            let _ = std::fs::remove_file(process_file(container, exec));
         }
         Ok(())
     }
@@ -294,29 +302,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + 
     tokio::task::spawn_blocking(work).await.context("a thread of the agent ended")?
 }
 
-/// Writes the bundle: the specification with the container's cgroup put below ours.
+/// Writes the specification where the container's processes read it.
 fn prepare_bundle(id: &str, spec: &[u8]) -> anyhow::Result<oci_spec::runtime::Spec> {
-    let mut spec: oci_spec::runtime::Spec = serde_json::from_slice(spec).context("read the container's specification")?;
-    let mut linux = spec.linux().clone().context("the container's specification has no linux section")?;
-    linux.set_cgroups_path(Some(Cgroup::path_of(id)));
-    spec.set_linux(Some(linux));
-    if let (Some(root), Some(process)) = (spec.root(), spec.process()) {
-        create_cwd(root.path(), process.cwd());
-    }
-    let bundle = bundle_dir(id);
-    std::fs::create_dir_all(&bundle).context("create the bundle")?;
-    std::fs::create_dir_all(STATE_DIR).context("create the state folder")?;
-    std::fs::write(bundle.join("config.json"), serde_json::to_vec(&spec)?).context("write the container's specification")?;
-    Ok(spec)
-}
-
-/// Creates the working folder when the image has none, as other runtimes do.
-fn create_cwd(root: &Path, cwd: &Path) {
-    let inside = root.join(cwd.strip_prefix("/").unwrap_or(cwd));
-    // A read-only root or a link out of it: then entering the folder says what is wrong.
-    if !inside.exists() {
-        let _ = std::fs::create_dir_all(inside);
-    }
+    let parsed = serde_json::from_slice(spec).context("read the container's specification")?;
+    std::fs::create_dir_all(bundle_dir(id)).context("create the bundle")?;
+    std::fs::write(spec_file(id), spec).context("write the container's specification")?;
+    Ok(parsed)
 }
 
 /// Removes all that a container left in the guest.
@@ -324,14 +315,10 @@ fn clean_up(id: &str) -> anyhow::Result<()> {
     let cgroup = Cgroup::of(id);
     cgroup.kill_all()?;
     cgroup.remove()?;
-    for dir in [Path::new(STATE_DIR).join(id), bundle_dir(id)] {
-        match std::fs::remove_dir_all(&dir) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("remove {}", dir.display())),
-        }
+    match std::fs::remove_dir_all(bundle_dir(id)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove the bundle"),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

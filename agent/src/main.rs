@@ -2,17 +2,14 @@
 //!
 //! ```text
 //! main: boot (mounts, cgroup) -> connect to the host -> serve the Agent service
-//! main container ...: the helper that makes one container or exec (single-threaded)
+//! main container ...: a container's first process, or one added to it (see `init`)
 //! ```
-//!
-//! The library that makes containers must not run in a process with threads, so the agent starts
-//! itself again as a helper for each; what the helper leaves behind is adopted by PID 1.
 
 mod boot;
 mod cgroup;
 mod containers;
 mod devices;
-mod helper;
+mod init;
 mod network;
 mod process;
 mod reaper;
@@ -36,8 +33,8 @@ use crate::service::AgentService;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if arguments.get(1).is_some_and(|word| word == helper::WORD) {
-        std::process::exit(helper::main(&arguments[2..]));
+    if arguments.get(1).is_some_and(|word| word == init::WORD) {
+        std::process::exit(init::main(&arguments[2..]));
     }
     let started = boot::uptime_us();
     // PID 1 must not end: the kernel panics and the VMM sees the reset. The line is on the debug console.

@@ -1,217 +1,220 @@
-//! One process of a container: its standard streams, its helper, its exit.
+//! One process of a container, as the agent sees it: its standard streams, its way into life.
 //!
 //! ```text
-//! container's own:  Created (waits in the helper) -> Running -> exited
+//! container's own:  Created (waits in `init`) -> Running -> exited
 //! exec:             Registered -> Running -> exited
 //! ```
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use caisson_protocol::agent::Stdio as Ports;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, setsockopt, socketpair, sockopt::ReceiveTimeout,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
+use oci_spec::runtime::Spec;
 
-use crate::helper::{self, REPORT_FD, Report};
+use crate::init::{self, Report, SOCKET_FD};
 use crate::streams;
 
-/// How long a helper may take. The shim's own time-out is shorter; this one ends a stuck thread.
-const HELPER_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long the terminal may take to arrive once the process exists.
-const TERMINAL_TIMEOUT_MS: u16 = 10_000;
+/// How long a new process may take for one step. The shim's own time-out is shorter; this one ends
+/// a stuck thread.
+const STEP_TIMEOUT_S: i64 = 120;
 
-/// The agent's ends of a process's streams, before they are carried to the host.
-enum Ends {
-    Terminal(UnixListener),
-    Pipes { stdin: Option<File>, stdout: Option<File>, stderr: Option<File> },
-}
-
-/// A process that was made.
+/// A process that was made and waits to be started.
 pub struct Made {
     /// Its id in the guest.
     pub pid: Pid,
-    /// The helper, when it waits to be told to start.
-    pub helper: Helper,
+    /// The way to it.
+    pub starter: Starter,
     /// The terminal's master side.
     pub terminal: Option<File>,
 }
 
-/// The way to a running helper.
-pub struct Helper(BufReader<UnixStream>);
+/// The socket to a process that is not a program yet.
+pub struct Starter(OwnedFd);
 
-impl Helper {
-    /// Tells the helper of a created container to start it.
+impl Starter {
+    /// Lets the process become its program.
     ///
     /// # Errors
-    /// What the library could not do.
-    pub fn start(mut self) -> Result<()> {
-        self.0.get_mut().write_all(b"s").context("tell the helper to start the container")?;
-        match self.report()? {
-            Report::Started => Ok(()),
-            Report::Failed(reason) => bail!("{reason}"),
-            Report::Made(_) => bail!("the helper reported twice"),
+    /// What the process could not do before it was its program.
+    pub fn start(self) -> Result<()> {
+        self.go()?;
+        match self.receive()? {
+            // The program has begun: the socket was closed with it.
+            None => Ok(()),
+            Some((Report::Failed(reason), _)) => bail!("{reason}"),
+            Some((report, _)) => bail!("the new process said {report:?} when it was started"),
         }
     }
 
-    fn report(&mut self) -> Result<Report> {
-        let mut line = String::new();
-        self.0.read_line(&mut line).context("wait for the helper")?;
-        if line.is_empty() {
-            bail!("the helper ended without a report");
+    fn go(&self) -> Result<()> {
+        nix::unistd::write(&self.0, b"s").context("give the new process its word").map(drop)
+    }
+
+    /// The next report; `None` when the process has closed the socket.
+    #[expect(unsafe_code, reason = "a descriptor that arrives by SCM_RIGHTS is a raw number that we take ownership of")]
+    fn receive(&self) -> Result<Option<(Report, Option<File>)>> {
+        let mut buffer = vec![0; init::MAX_MESSAGE];
+        let mut space = nix::cmsg_space!([i32; 1]);
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let message = loop {
+            match recvmsg::<()>(self.0.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+                Ok(message) => break message,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => bail!("the new process did not answer within {STEP_TIMEOUT_S} s"),
+                // It was killed with our word unread.
+                Err(Errno::ECONNRESET) => return Ok(None),
+                Err(errno) => return Err(errno).context("hear from the new process"),
+            }
+        };
+        let mut file = None;
+        for cmsg in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = cmsg {
+                // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
+                file = fds.into_iter().map(|fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) })).next();
+            }
         }
-        serde_json::from_str(&line).context("read the helper's report")
+        let size = message.bytes;
+        if size == 0 {
+            return Ok(None);
+        }
+        let report = serde_json::from_slice(&buffer[..size]).context("read the new process's report")?;
+        Ok(Some((report, file)))
     }
 }
 
-/// Makes a container's own process (`exec` empty) or an exec, and carries its streams.
+/// Makes a container's own process; its bundle and cgroup are there.
 ///
-/// Blocks until the process exists: call it where blocking is allowed.
+/// Blocks until it waits to be started: call it where blocking is allowed.
 ///
 /// # Errors
 /// What could not be made, and why, in one sentence.
-pub fn make(container: &str, exec: &str, ports: &Ports) -> Result<Made> {
-    let (ends, stdio) = prepare(container, exec, ports)?;
-    let mut helper = spawn(container, exec, ports.terminal, stdio)?;
-    let pid = match helper.report()? {
-        Report::Made(pid) => Pid::from_raw(pid),
-        Report::Failed(reason) => bail!("{reason}"),
-        Report::Started => bail!("the helper started what was not made"),
-    };
-    match carry(ends, ports) {
-        Ok(terminal) => Ok(Made { pid, helper, terminal }),
-        Err(error) => {
-            // Nobody would hear from it.
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-            Err(error)
+pub fn make_container(container: &str, spec: &Spec, ports: &Ports) -> Result<Made> {
+    make(&["create", container], ports, Some(spec))
+}
+
+/// Makes a process in a running container, whose own process is `target`.
+///
+/// # Errors
+/// As [`make_container`].
+pub fn make_exec(container: &str, exec: &str, target: Pid, ports: &Ports) -> Result<Made> {
+    make(&["exec", container, exec, &target.to_string()], ports, None)
+}
+
+fn make(arguments: &[&str], ports: &Ports, spec: Option<&Spec>) -> Result<Made> {
+    let (pipes, stdio) = Pipes::make(ports)?;
+    let (starter, outer) = spawn(arguments, stdio)?;
+    // Two processes report: which of them is heard first is chance.
+    let (mut pid, mut ready) = (None, None);
+    loop {
+        if let (Some(pid), Some(terminal)) = (pid, ready.take()) {
+            // Dropping the starter ends the process: it waits for a word that will not come.
+            pipes.carry(ports, Option::as_ref(&terminal))?;
+            return Ok(Made { pid, starter, terminal });
+        }
+        match starter.receive()? {
+            Some((Report::MapUsers, _)) => {
+                write_user_map(outer, spec.context("an exec asked for a user map")?)?;
+                starter.go()?;
+            }
+            Some((Report::Made(number), _)) => pid = Some(Pid::from_raw(number)),
+            Some((Report::Failed(reason), _)) => bail!("{reason}"),
+            None => bail!("the new process was killed before it could be started"),
+            Some((Report::Ready, terminal)) => ready = Some(terminal),
         }
     }
 }
 
-/// The ends of the streams: ours, and those that the helper gets as its own.
-fn prepare(container: &str, exec: &str, ports: &Ports) -> Result<(Ends, [Stdio; 3])> {
-    if ports.terminal {
-        let path = helper::console_socket(container, exec);
-        let listener = UnixListener::bind(&path).context("make the terminal's socket")?;
-        return Ok((Ends::Terminal(listener), [Stdio::null(), Stdio::null(), Stdio::null()]));
+/// Writes the map of a process's new user namespace, which its parent's root must do.
+fn write_user_map(pid: u32, spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref().context("the specification has no linux section")?;
+    for (file, mappings) in [("gid_map", linux.gid_mappings()), ("uid_map", linux.uid_mappings())] {
+        let map = init::id_map(mappings.as_deref().unwrap_or_default());
+        std::fs::write(format!("/proc/{pid}/{file}"), &map).with_context(|| format!("write the user namespace's {file} {map:?}"))?;
     }
-    let (stdin, child_stdin) = if ports.stdin == 0 {
-        (None, Stdio::null())
-    } else {
-        let (reader, writer) = std::io::pipe().context("make the pipe of standard input")?;
-        (Some(File::from(OwnedFd::from(writer))), reader.into())
-    };
-    let output = |port: u32| -> Result<(Option<File>, Stdio)> {
-        if port == 0 {
-            return Ok((None, Stdio::null()));
-        }
-        let (reader, writer) = std::io::pipe().context("make the pipe of standard output")?;
-        Ok((Some(File::from(OwnedFd::from(reader))), writer.into()))
-    };
-    let (stdout, child_stdout) = output(ports.stdout)?;
-    let (stderr, child_stderr) = output(ports.stderr)?;
-    Ok((Ends::Pipes { stdin, stdout, stderr }, [child_stdin, child_stdout, child_stderr]))
+    Ok(())
 }
 
-#[expect(unsafe_code, reason = "the report socket must be at a known descriptor after exec")]
-fn spawn(container: &str, exec: &str, terminal: bool, [stdin, stdout, stderr]: [Stdio; 3]) -> Result<Helper> {
-    let (ours, theirs) = UnixStream::pair().context("make the helper's socket")?;
-    ours.set_read_timeout(Some(HELPER_TIMEOUT))?;
+/// The agent's ends of a process's pipes.
+struct Pipes {
+    stdin: Option<File>,
+    stdout: Option<File>,
+    stderr: Option<File>,
+}
+
+impl Pipes {
+    /// Our ends, and those that the process gets as its own. A terminal comes later, from within.
+    fn make(ports: &Ports) -> Result<(Self, [Stdio; 3])> {
+        if ports.terminal {
+            return Ok((Self { stdin: None, stdout: None, stderr: None }, [Stdio::null(), Stdio::null(), Stdio::null()]));
+        }
+        let (stdin, child_stdin) = if ports.stdin == 0 {
+            (None, Stdio::null())
+        } else {
+            let (reader, writer) = io::pipe().context("make the pipe of standard input")?;
+            (Some(File::from(OwnedFd::from(writer))), reader.into())
+        };
+        let output = |port: u32| -> Result<(Option<File>, Stdio)> {
+            if port == 0 {
+                return Ok((None, Stdio::null()));
+            }
+            let (reader, writer) = io::pipe().context("make the pipe of standard output")?;
+            Ok((Some(File::from(OwnedFd::from(reader))), writer.into()))
+        };
+        let (stdout, child_stdout) = output(ports.stdout)?;
+        let (stderr, child_stderr) = output(ports.stderr)?;
+        Ok((Self { stdin, stdout, stderr }, [child_stdin, child_stdout, child_stderr]))
+    }
+
+    /// Starts to carry the streams to and from the host.
+    fn carry(self, ports: &Ports, terminal: Option<&File>) -> Result<()> {
+        if let Some(terminal) = terminal.filter(|_| ports.stdin != 0) {
+            streams::pump_terminal(ports.stdin, terminal.try_clone()?).context("connect the terminal")?;
+        }
+        if let Some(stdin) = self.stdin {
+            streams::pump_in(ports.stdin, stdin).context("connect standard input")?;
+        }
+        if let Some(stdout) = self.stdout {
+            streams::pump_out(ports.stdout, stdout).context("connect standard output")?;
+        }
+        if let Some(stderr) = self.stderr {
+            streams::pump_out(ports.stderr, stderr).context("connect standard error")?;
+        }
+        Ok(())
+    }
+}
+
+/// Starts the agent's program as a container's process; returns the way to it and its id.
+#[expect(unsafe_code, reason = "the socket must be at a known descriptor after exec")]
+fn spawn(arguments: &[&str], [stdin, stdout, stderr]: [Stdio; 3]) -> Result<(Starter, u32)> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("make the new process's socket")?;
+    setsockopt(&ours, ReceiveTimeout, &TimeVal::seconds(STEP_TIMEOUT_S)).context("bound the wait for the new process")?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg(helper::WORD);
-    if exec.is_empty() {
-        command.args(["create", container])
-    } else {
-        command.args(["exec", container, exec])
-    };
-    command.arg(if terminal { "terminal" } else { "pipes" });
-    command.env_clear().current_dir("/").stdin(stdin).stdout(stdout).stderr(stderr);
-    let report = theirs.as_raw_fd();
-    // SAFETY: dup2 is async-signal-safe, and `theirs` lives until the child has been started.
+    command.arg(init::WORD).args(arguments).env_clear().current_dir("/").stdin(stdin).stdout(stdout).stderr(stderr);
+    let socket = theirs.as_raw_fd();
+    // SAFETY: dup2 and fcntl are async-signal-safe, and `theirs` lives until the child has been started.
     unsafe {
         command.pre_exec(move || {
-            if report == REPORT_FD {
+            if socket == SOCKET_FD {
                 // Already in place: only the close-on-exec flag is in the way.
-                libc::fcntl(report, libc::F_SETFD, 0);
-            } else if libc::dup2(report, REPORT_FD) < 0 {
-                return Err(std::io::Error::last_os_error());
+                libc::fcntl(socket, libc::F_SETFD, 0);
+            } else if libc::dup2(socket, SOCKET_FD) < 0 {
+                return Err(io::Error::last_os_error());
             }
             Ok(())
         });
     }
     // The reaper collects it, as it does all children.
-    command.spawn().context("start the helper")?;
-    Ok(Helper(BufReader::new(ours)))
-}
-
-/// Starts to carry the streams; returns the terminal, for resizing.
-fn carry(ends: Ends, ports: &Ports) -> Result<Option<File>> {
-    match ends {
-        Ends::Terminal(listener) => {
-            let terminal = receive_terminal(&listener).context("receive the terminal")?;
-            if let Ok(address) = listener.local_addr()
-                && let Some(path) = address.as_pathname()
-            {
-                remove(path);
-            }
-            if ports.stdin != 0 {
-                streams::pump_terminal(ports.stdin, terminal.try_clone()?).context("connect the terminal")?;
-            }
-            Ok(Some(terminal))
-        }
-        Ends::Pipes { stdin, stdout, stderr } => {
-            if let Some(stdin) = stdin {
-                streams::pump_in(ports.stdin, stdin).context("connect standard input")?;
-            }
-            if let Some(stdout) = stdout {
-                streams::pump_out(ports.stdout, stdout).context("connect standard output")?;
-            }
-            if let Some(stderr) = stderr {
-                streams::pump_out(ports.stderr, stderr).context("connect standard error")?;
-            }
-            Ok(None)
-        }
-    }
-}
-
-/// The library sends the terminal's master over the socket as soon as it has made it.
-#[expect(unsafe_code, reason = "a descriptor that arrives by SCM_RIGHTS is a raw number that we take ownership of")]
-fn receive_terminal(listener: &UnixListener) -> Result<File> {
-    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-    use std::os::fd::FromRawFd;
-
-    let wait = |fd: std::os::fd::BorrowedFd<'_>| -> Result<()> {
-        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::from(TERMINAL_TIMEOUT_MS))? == 0 {
-            bail!("it did not arrive within {TERMINAL_TIMEOUT_MS} ms");
-        }
-        Ok(())
-    };
-    wait(listener.as_fd())?;
-    let (socket, _) = listener.accept()?;
-    wait(socket.as_fd())?;
-    let mut buffer = [0; 64];
-    let mut slices = [std::io::IoSliceMut::new(&mut buffer)];
-    let mut space = nix::cmsg_space!([i32; 1]);
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    for cmsg in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = cmsg
-            && let Some(fd) = fds.first()
-        {
-            // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-            return Ok(File::from(unsafe { OwnedFd::from_raw_fd(*fd) }));
-        }
-    }
-    bail!("the message carried no descriptor")
-}
-
-/// Removes a file that may be gone already.
-fn remove(path: &Path) {
-    let _ = std::fs::remove_file(path);
+    let child = command.spawn().context("start the new process")?;
+    Ok((Starter(ours), child.id()))
 }

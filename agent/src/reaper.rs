@@ -1,9 +1,9 @@
 //! Collects every child that exits: PID 1 is the parent of all orphans.
 //!
-//! A process is often known only after it has exited (its helper reports its id late), so the
-//! exits of processes that nobody has asked for yet are kept for a while.
+//! A process is asked for while it waits to be started, so its exit is never collected before; the
+//! exits of all others are forgotten, and a number that the kernel gives out again means nothing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,8 +13,7 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// Exits of unknown processes that are kept.
-const KEPT: usize = 1024;
+use crate::sys;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,15 +24,16 @@ pub struct Exit {
     pub at_ns: u64,
 }
 
-#[derive(Default)]
-struct State {
-    waiting: HashMap<i32, watch::Sender<Option<Exit>>>,
-    unclaimed: VecDeque<(i32, Exit)>,
+impl Exit {
+    fn now(status: u32) -> Self {
+        let at_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        Self { status, at_ns }
+    }
 }
 
 /// The collector of exits.
 #[derive(Clone)]
-pub struct Reaper(Arc<Mutex<State>>);
+pub struct Reaper(Arc<Mutex<HashMap<i32, watch::Sender<Option<Exit>>>>>);
 
 impl Reaper {
     /// Starts collecting, on the current runtime.
@@ -52,13 +52,19 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// The exit of a process, now or when it comes.
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<i32, watch::Sender<Option<Exit>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The exit of a process that waits to be started. Called where exits are collected, on the
+    /// runtime's one thread.
     pub fn watch(&self, pid: Pid) -> watch::Receiver<Option<Exit>> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = state.unclaimed.iter().position(|(other, _)| *other == pid.as_raw()).and_then(|index| state.unclaimed.remove(index));
-        let (sender, receiver) = watch::channel(known.map(|(_, exit)| exit));
-        if known.is_none() {
-            state.waiting.insert(pid.as_raw(), sender);
+        let (sender, receiver) = watch::channel(None);
+        if sys::kill(pid, 0) == Err(Errno::ESRCH) {
+            // Somebody killed it while it waited, and it was collected.
+            sender.send_replace(Some(Exit::now(128 + libc::SIGKILL.unsigned_abs())));
+        } else {
+            self.lock().insert(pid.as_raw(), sender);
         }
         receiver
     }
@@ -71,21 +77,10 @@ impl Reaper {
                 Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
                 Ok(_) | Err(_) => continue,
             };
-            let at_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
-            self.record(pid, Exit { status, at_ns });
+            if let Some(sender) = self.lock().remove(&pid.as_raw()) {
+                sender.send_replace(Some(Exit::now(status)));
+            }
         }
-    }
-
-    fn record(&self, pid: Pid, exit: Exit) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sender) = state.waiting.remove(&pid.as_raw()) {
-            sender.send_replace(Some(exit));
-            return;
-        }
-        if state.unclaimed.len() == KEPT {
-            state.unclaimed.pop_front();
-        }
-        state.unclaimed.push_back((pid.as_raw(), exit));
     }
 }
 
@@ -94,22 +89,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_exit_is_found_before_and_after_it_is_asked_for() {
-        let reaper = Reaper(Arc::default());
-        let exit = Exit { status: 3, at_ns: 1 };
-        reaper.record(Pid::from_raw(10), exit);
-        assert_eq!(*reaper.watch(Pid::from_raw(10)).borrow(), Some(exit));
-        let mut later = reaper.watch(Pid::from_raw(11));
-        reaper.record(Pid::from_raw(11), exit);
-        assert_eq!(*later.wait_for(Option::is_some).await.unwrap(), Some(exit));
-    }
-
-    #[test]
-    fn exits_that_nobody_asks_for_are_bounded() {
-        let reaper = Reaper(Arc::default());
-        for pid in 0..2 * KEPT as i32 {
-            reaper.record(Pid::from_raw(pid), Exit { status: 0, at_ns: 0 });
-        }
-        assert_eq!(reaper.0.lock().unwrap().unclaimed.len(), KEPT);
+    #[expect(clippy::zombie_processes, reason = "the reaper collects it")]
+    async fn a_watched_child_is_collected_and_one_that_is_gone_was_killed() {
+        let reaper = Reaper::start().unwrap();
+        let mut child =
+            std::process::Command::new("sh").args(["-c", "read line; exit 3"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let mut exit = reaper.watch(pid);
+        drop(child.stdin.take());
+        assert_eq!(exit.wait_for(Option::is_some).await.unwrap().unwrap().status, 3);
+        assert_eq!(reaper.watch(pid).borrow().unwrap().status, 137);
     }
 }

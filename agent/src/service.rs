@@ -6,8 +6,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, PidsResponse, ProcessInfo,
-    ProcessRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitResponse,
+    Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty, HelloRequest, HelloResponse,
+    PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -15,7 +15,7 @@ use nix::time::{ClockId, clock_settime};
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::{Code, Result};
 
-use crate::boot::uptime_us;
+use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error};
 
@@ -71,8 +71,9 @@ impl Agent for AgentService {
         Ok(Empty::new())
     }
 
-    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<Empty> {
-        done(self.containers.create(&request.id, request.spec, request.stdio.unwrap_or_default()).await)
+    async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
+        let pid = answer(self.containers.create(&request.id, request.spec, request.stdio.unwrap_or_default()).await)?;
+        Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
     }
 
     async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> Result<Empty> {
@@ -164,6 +165,9 @@ fn greet(request: &HelloRequest) -> anyhow::Result<()> {
     }
     if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname)?;
+    }
+    if request.shm_bytes > 0 {
+        boot::resize_shm(request.shm_bytes)?;
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -98,10 +99,7 @@ pub fn attach_device_program(cgroup: &File, program: &[Instruction]) -> io::Resu
         flags: 0,
     };
     // SAFETY: the attributes and the program that they point to live through the call, and the size is theirs.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<LoadAttributes>()) };
-    let fd = Errno::result(fd)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    let loaded = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
+    let loaded = descriptor(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<LoadAttributes>()) })?;
     let attach = AttachAttributes {
         target: cgroup.as_raw_fd().cast_unsigned(),
         program: loaded.as_raw_fd().cast_unsigned(),
@@ -111,4 +109,112 @@ pub fn attach_device_program(cgroup: &File, program: &[Instruction]) -> io::Resu
     // SAFETY: the attributes live through the call, and the size is theirs.
     Errno::result(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<AttachAttributes>()) })?;
     Ok(())
+}
+
+/// Opens a descriptor that stands for a process.
+pub fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers.
+    descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })
+}
+
+/// The result of a system call that makes a descriptor.
+fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(Errno::result(result)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sets the domain name of the calling process's UTS namespace.
+pub fn set_domain_name(name: &str) -> io::Result<()> {
+    // SAFETY: the bytes live through the call and the length is theirs.
+    Ok(Errno::result(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }).map(drop)?)
+}
+
+/// Sets a resource limit by its number: the kernel knows more of them than any library.
+pub fn set_limit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: setrlimit reads one rlimit, which lives through the call.
+    Ok(Errno::result(unsafe { libc::setrlimit(resource, &raw const limit) }).map(drop)?)
+}
+
+/// `KEYCTL_JOIN_SESSION_KEYRING` of linux/keyctl.h.
+const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
+
+/// Replaces the process's session keyring by one of this name, made when there is none.
+pub fn join_session_keyring(name: &str) -> io::Result<()> {
+    let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
+    // SAFETY: the name ends in a zero and lives through the call.
+    Ok(Errno::result(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) }).map(drop)?)
+}
+
+/// Opens the other end of a terminal, without a path that somebody else could have put there.
+pub fn open_terminal_peer(master: &File) -> io::Result<File> {
+    let unlock: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads one int, which lives through the call.
+    Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) })?;
+    // SAFETY: TIOCGPTPEER takes the flags as a number.
+    let fd = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
+    Ok(descriptor(libc::c_long::from(fd))?.into())
+}
+
+/// Makes a terminal the controlling one of our session.
+pub fn control_terminal(terminal: &File) -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes a number.
+    Ok(Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)?)
+}
+
+/// Attributes of a mount to set and to clear (`MOUNT_ATTR_*` of mount_setattr(2)).
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Attributes {
+    /// To set.
+    pub set: u64,
+    /// To clear first.
+    pub clear: u64,
+}
+
+/// A copy of the mount at `path` below `folder`, with all below it or without, not attached anywhere.
+pub fn open_tree(folder: impl AsFd, path: &Path, below: bool) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | if below { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    // SAFETY: the path ends in a zero and lives through the call.
+    descriptor(unsafe { libc::syscall(libc::SYS_open_tree, folder.as_fd().as_raw_fd(), path.as_ptr(), flags) })
+}
+
+/// A copy of the mount of an open file, not attached anywhere.
+pub fn clone_mount_of(file: &File) -> io::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
+    // SAFETY: the path is an empty string with its zero.
+    descriptor(unsafe { libc::syscall(libc::SYS_open_tree, file.as_raw_fd(), c"".as_ptr(), flags) })
+}
+
+/// Attaches a mount that is not attached yet.
+pub fn move_mount(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    let target = c_path(target)?;
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_SYMLINKS | libc::MOVE_MOUNT_T_AUTOMOUNTS;
+    // SAFETY: both paths end in a zero and live through the call.
+    let result = unsafe { libc::syscall(libc::SYS_move_mount, tree.as_raw_fd(), c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags) };
+    Ok(Errno::result(result).map(drop)?)
+}
+
+/// Changes the attributes of a mount, or of all mounts from it on.
+pub fn set_mount_attributes(mount: &impl AsFd, attributes: Attributes, below: bool) -> io::Result<()> {
+    let attr = libc::mount_attr { attr_set: attributes.set, attr_clr: attributes.clear, propagation: 0, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | if below { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the attributes and the empty path live through the call, and the size is theirs.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Ok(Errno::result(result).map(drop)?)
+}
+
+fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
+    use std::os::unix::ffi::OsStrExt;
+    std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }

@@ -1,6 +1,7 @@
 //! A small OCI image archive (OCI image layout 1.0 in a tar file) of the distribution's `busybox-static`.
 //!
-//! No registry is needed: `ctr images import` takes the archive.
+//! No registry is needed: `ctr images import` takes the archive. It holds two images: busybox, and
+//! the one that containerd's CRI holds a pod's namespaces with.
 
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,9 @@ use tar::{Builder, EntryType, Header};
 
 const BUSYBOX: &str = "/bin/busybox";
 const REFERENCE: &str = "docker.io/library/busybox:latest";
+const PAUSE_REFERENCE: &str = "docker.io/library/pause:latest";
+/// Does nothing, and collects what dies in its process id namespace.
+const PAUSE: &[u8] = b"#!/bin/sh\ntrap 'exit 0' TERM INT\nwhile :; do sleep 2147483647 & wait; done\n";
 /// The commands that the image offers besides `busybox` itself.
 const APPLETS: &[&str] = &[
     "[",
@@ -153,13 +157,12 @@ const APPLETS: &[&str] = &[
     "zcat",
 ];
 
-/// Makes (once) the busybox image archive below `dir` and returns its path.
+/// Makes (once) the archive of the busybox and pause images below `dir` and returns its path.
 ///
 /// Needs the package `busybox-static` on this machine.
 pub fn busybox_image(dir: &Path) -> Result<PathBuf> {
     let busybox = std::fs::read(BUSYBOX).with_context(|| format!("read {BUSYBOX}: install the package busybox-static"))?;
-    let layer = layer(&busybox)?;
-    let archive = archive(&layer)?;
+    let archive = archive(&layer(&busybox)?, &pause_layer()?)?;
     let path = dir.join(format!("busybox-{}.tar", &digest(&archive)[..16]));
     if !path.exists() {
         std::fs::create_dir_all(dir)?;
@@ -206,32 +209,58 @@ fn layer(busybox: &[u8]) -> Result<Vec<u8>> {
     tar.into_inner().context("finish the layer")
 }
 
-/// The OCI layout around the layer.
-fn archive(layer: &[u8]) -> Result<Vec<u8>> {
-    let layer_digest = digest(layer);
-    let config = serde_json::to_vec(&serde_json::json!({
-        "architecture": "amd64", "os": "linux", "created": "1970-01-01T00:00:00Z",
-        "config": { "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"] },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{layer_digest}")] },
-    }))?;
-    let manifest = serde_json::to_vec(&serde_json::json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": format!("sha256:{}", digest(&config)), "size": config.len() },
-        "layers": [{ "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": format!("sha256:{layer_digest}"), "size": layer.len() }],
-    }))?;
+/// What the pause image has on top of busybox.
+fn pause_layer() -> Result<Vec<u8>> {
+    let mut tar = Builder::new(Vec::new());
+    append(&mut tar, "pause", EntryType::Regular, 0o755, PAUSE)?;
+    tar.into_inner().context("finish the layer")
+}
+
+/// The OCI layout around the layers: one image of the first, one of both.
+fn archive(busybox: &[u8], pause: &[u8]) -> Result<Vec<u8>> {
+    let mut blobs = vec![busybox.to_vec(), pause.to_vec()];
+    let manifests = [
+        image(REFERENCE, &[busybox], &serde_json::json!({ "Cmd": ["sh"] }), &mut blobs)?,
+        image(PAUSE_REFERENCE, &[busybox, pause], &serde_json::json!({ "Entrypoint": ["/pause"] }), &mut blobs)?,
+    ];
     let index = serde_json::to_vec(&serde_json::json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json",
-        "manifests": [{ "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": format!("sha256:{}", digest(&manifest)), "size": manifest.len(),
-            "annotations": { "io.containerd.image.name": REFERENCE, "org.opencontainers.image.ref.name": "latest" },
-            "platform": { "architecture": "amd64", "os": "linux" } }],
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": manifests,
     }))?;
     let mut tar = Builder::new(Vec::new());
     append(&mut tar, "oci-layout", EntryType::Regular, 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     append(&mut tar, "index.json", EntryType::Regular, 0o644, &index)?;
-    for blob in [&config, &manifest, &layer.to_vec()] {
+    for blob in &blobs {
         append(&mut tar, &format!("blobs/sha256/{}", digest(blob)), EntryType::Regular, 0o644, blob)?;
     }
     tar.into_inner().context("finish the image")
+}
+
+/// One image's configuration and manifest, added to the blobs; returns its entry in the index.
+fn image(reference: &str, layers: &[&[u8]], command: &serde_json::Value, blobs: &mut Vec<Vec<u8>>) -> Result<serde_json::Value> {
+    let mut run = command.clone();
+    run["Env"] = serde_json::json!(["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]);
+    let digests: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", digest(layer))).collect();
+    let config = serde_json::to_vec(&serde_json::json!({
+        "architecture": "amd64", "os": "linux", "created": "1970-01-01T00:00:00Z",
+        "config": run, "rootfs": { "type": "layers", "diff_ids": digests },
+    }))?;
+    let entries: Vec<_> = layers
+        .iter()
+        .zip(&digests)
+        .map(|(layer, digest)| serde_json::json!({ "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": layer.len() }))
+        .collect();
+    let manifest = serde_json::to_vec(&serde_json::json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": format!("sha256:{}", digest(&config)), "size": config.len() },
+        "layers": entries,
+    }))?;
+    let entry = serde_json::json!({
+        "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": format!("sha256:{}", digest(&manifest)), "size": manifest.len(),
+        "annotations": { "io.containerd.image.name": reference, "org.opencontainers.image.ref.name": "latest" },
+        "platform": { "architecture": "amd64", "os": "linux" },
+    });
+    blobs.extend([config, manifest]);
+    Ok(entry)
 }
 
 fn header(kind: EntryType, mode: u32, size: u64) -> Header {
@@ -260,14 +289,14 @@ mod tests {
 
     #[test]
     fn the_same_busybox_makes_the_same_archive() {
-        let first = archive(&layer(b"busybox").unwrap()).unwrap();
-        let second = archive(&layer(b"busybox").unwrap()).unwrap();
+        let first = archive(&layer(b"busybox").unwrap(), &pause_layer().unwrap()).unwrap();
+        let second = archive(&layer(b"busybox").unwrap(), &pause_layer().unwrap()).unwrap();
         assert_eq!(digest(&first), digest(&second));
     }
 
     #[test]
-    fn the_archive_names_its_image() {
-        let bytes = archive(&layer(b"busybox").unwrap()).unwrap();
+    fn the_archive_names_its_images() {
+        let bytes = archive(&layer(b"busybox").unwrap(), &pause_layer().unwrap()).unwrap();
         let mut index = None;
         for entry in tar::Archive::new(bytes.as_slice()).entries().unwrap() {
             let mut entry = entry.unwrap();
@@ -277,6 +306,7 @@ mod tests {
                 index = Some(text);
             }
         }
-        assert!(index.unwrap().contains(REFERENCE));
+        let index = index.unwrap();
+        assert!(index.contains(REFERENCE) && index.contains(PAUSE_REFERENCE));
     }
 }

@@ -7,16 +7,28 @@
 //! A pod's annotation `io.caisson.<key>` sets `<key>` for that pod when `annotations.allowed`
 //! lists the key.
 
+mod keys;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+pub use self::keys::{KEYS, Key};
+use self::keys::{Value, find, quoted};
 use crate::fs::CachePolicy;
-use crate::vmm::{MEMORY_MIB, VCPUS};
 
 /// Where the configuration lies; drop-ins are `/etc/caisson/config.toml.d/*.toml` in sorted order.
 pub const PATH: &str = "/etc/caisson/config.toml";
 /// What the name of an annotation begins with.
 pub const ANNOTATION_PREFIX: &str = "io.caisson.";
+
+/// What becomes of a container that asks for namespaces of the host, which a machine cannot share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostNamespaces {
+    /// It is refused.
+    Refuse,
+    /// It gets the pod's.
+    Pod,
+}
 
 /// The effective configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +55,8 @@ pub struct Config {
     pub uid_count: u32,
     /// The virtio-fs server's program.
     pub fs_path: PathBuf,
+    /// What becomes of `hostNetwork`, `hostPID` and `hostIPC`.
+    pub host_namespaces: HostNamespaces,
     /// What the guest may cache.
     pub fs_cache: CachePolicy,
     /// Worker threads of the virtio-fs server.
@@ -75,6 +89,7 @@ impl Default for Config {
             uid_base: 1_500_000_000,
             uid_count: 65_536,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
+            host_namespaces: HostNamespaces::Refuse,
             fs_cache: CachePolicy::Auto,
             fs_threads: 0,
             boot_timeout_ms: 30_000,
@@ -85,208 +100,6 @@ impl Default for Config {
             annotations_allowed: vec!["vm.vcpus".into(), "vm.memory_mib".into()],
         }
     }
-}
-
-/// A value as it stands in a file or an annotation.
-#[derive(Debug, Clone, PartialEq)]
-enum Value {
-    Integer(i64),
-    Bool(bool),
-    Text(String),
-    List(Vec<String>),
-}
-
-/// One setting.
-pub struct Key {
-    /// Section and name: `vm.vcpus`.
-    pub name: &'static str,
-    /// What it means, with its unit.
-    pub meaning: &'static str,
-    /// What is allowed, as it stands in error messages.
-    pub allowed: &'static str,
-    set: fn(&mut Config, Value) -> Option<()>,
-    show: fn(&Config) -> String,
-}
-
-/// Reads a whole number within limits, also from an annotation's text.
-fn integer<T: TryFrom<i64>>(value: &Value, min: i64, max: i64) -> Option<T> {
-    let number = match value {
-        Value::Integer(number) => *number,
-        Value::Text(text) => text.parse().ok()?,
-        Value::Bool(_) | Value::List(_) => return None,
-    };
-    (min..=max).contains(&number).then(|| T::try_from(number).ok())?
-}
-
-fn boolean(value: &Value) -> Option<bool> {
-    match value {
-        Value::Bool(flag) => Some(*flag),
-        Value::Text(text) => text.parse().ok(),
-        Value::Integer(_) | Value::List(_) => None,
-    }
-}
-
-fn absolute(value: Value) -> Option<PathBuf> {
-    match value {
-        Value::Text(text) if text.starts_with('/') && text.len() < 4096 && !text.contains('\0') => Some(text.into()),
-        _ => None,
-    }
-}
-
-fn text(value: Value, allowed: impl Fn(&str) -> bool) -> Option<String> {
-    match value {
-        Value::Text(text) if allowed(&text) => Some(text),
-        _ => None,
-    }
-}
-
-fn quoted(text: impl std::fmt::Display) -> String {
-    toml::Value::String(text.to_string()).to_string()
-}
-
-const PATH_ALLOWED: &str = "an absolute path";
-const TIMEOUT_ALLOWED: &str = "100 to 3600000";
-
-macro_rules! key {
-    ($name:literal, $meaning:literal, $allowed:expr, |$config:ident, $value:ident| $set:expr, |$shown:ident| $show:expr) => {
-        Key {
-            name: $name,
-            meaning: $meaning,
-            allowed: $allowed,
-            set: |$config, $value| {
-                $set;
-                Some(())
-            },
-            show: |$shown| $show,
-        }
-    };
-}
-
-/// Every setting there is.
-pub const KEYS: &[Key] = &[
-    key!("run.dir", "folder for the records and sockets of running pods", PATH_ALLOWED, |c, v| c.run_dir = absolute(v)?, |c| quoted(
-        c.run_dir.display()
-    )),
-    key!("kernel.path", "guest kernel, an ELF vmlinux", PATH_ALLOWED, |c, v| c.kernel_path = absolute(v)?, |c| quoted(
-        c.kernel_path.display()
-    )),
-    key!(
-        "kernel.args",
-        "added to the guest kernel's command line",
-        "up to 512 printable ASCII characters",
-        |c, v| c.kernel_args = text(v, |t| t.len() <= 512 && t.chars().all(|ch| (' '..='~').contains(&ch)))?,
-        |c| quoted(&c.kernel_args)
-    ),
-    key!(
-        "kernel.console",
-        "serial console of the guest, written to the shim's log",
-        "true or false",
-        |c, v| c.kernel_console = boolean(&v)?,
-        |c| c.kernel_console.to_string()
-    ),
-    key!("image.initramfs", "initramfs that holds the agent", PATH_ALLOWED, |c, v| c.initramfs_path = absolute(v)?, |c| quoted(
-        c.initramfs_path.display()
-    )),
-    key!("vm.vcpus", "vCPUs of a pod", "1 to 32", |c, v| c.vcpus = integer(&v, i64::from(*VCPUS.start()), i64::from(*VCPUS.end()))?, |c| c
-        .vcpus
-        .to_string()),
-    key!(
-        "vm.memory_mib",
-        "memory of a pod in MiB",
-        "64 to 1048576",
-        |c, v| c.memory_mib = integer(&v, MEMORY_MIB.start().cast_signed(), MEMORY_MIB.end().cast_signed())?,
-        |c| c.memory_mib.to_string()
-    ),
-    key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(
-        c.vmm_path.display()
-    )),
-    key!(
-        "vmm.uid_base",
-        "first of the user ids that VMMs run as, one for each pod",
-        "1000 to 4294000000",
-        |c, v| c.uid_base = integer(&v, 1000, 4_294_000_000)?,
-        |c| c.uid_base.to_string()
-    ),
-    key!(
-        "vmm.uid_count",
-        "number of those user ids, and so of pods on this host",
-        "1 to 900000",
-        |c, v| c.uid_count = integer(&v, 1, 900_000)?,
-        |c| c.uid_count.to_string()
-    ),
-    key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
-    key!(
-        "fs.cache",
-        "what the guest may cache of files",
-        "\"never\", \"auto\" or \"always\"",
-        |c, v| c.fs_cache = match v {
-            Value::Text(t) if t == "never" => CachePolicy::Never,
-            Value::Text(t) if t == "auto" => CachePolicy::Auto,
-            Value::Text(t) if t == "always" => CachePolicy::Always,
-            _ => return None,
-        },
-        |c| quoted(match c.fs_cache {
-            CachePolicy::Never => "never",
-            CachePolicy::Auto => "auto",
-            CachePolicy::Always => "always",
-        })
-    ),
-    key!(
-        "fs.threads",
-        "worker threads of the virtio-fs server, 0 to serve on the queue's own",
-        "0 to 64",
-        |c, v| c.fs_threads = integer(&v, 0, 64)?,
-        |c| c.fs_threads.to_string()
-    ),
-    key!(
-        "timeouts.boot_ms",
-        "from the VMM's start to the agent's answer, in milliseconds",
-        TIMEOUT_ALLOWED,
-        |c, v| c.boot_timeout_ms = integer(&v, 100, 3_600_000)?,
-        |c| c.boot_timeout_ms.to_string()
-    ),
-    key!(
-        "timeouts.agent_ms",
-        "for one call to the agent, in milliseconds",
-        TIMEOUT_ALLOWED,
-        |c, v| c.agent_timeout_ms = integer(&v, 100, 3_600_000)?,
-        |c| c.agent_timeout_ms.to_string()
-    ),
-    key!(
-        "timeouts.health_interval_ms",
-        "between health checks of the agent, in milliseconds",
-        TIMEOUT_ALLOWED,
-        |c, v| c.health_interval_ms = integer(&v, 100, 3_600_000)?,
-        |c| c.health_interval_ms.to_string()
-    ),
-    key!(
-        "timeouts.drain_ms",
-        "for output that nobody reads when its process is deleted, in milliseconds",
-        TIMEOUT_ALLOWED,
-        |c, v| c.drain_timeout_ms = integer(&v, 100, 3_600_000)?,
-        |c| c.drain_timeout_ms.to_string()
-    ),
-    key!(
-        "log.level",
-        "which messages the shim logs",
-        "\"error\", \"warn\", \"info\", \"debug\" or \"trace\"",
-        |c, v| c.log_level = text(v, |t| ["error", "warn", "info", "debug", "trace"].contains(&t))?,
-        |c| quoted(&c.log_level)
-    ),
-    key!(
-        "annotations.allowed",
-        "keys that a pod may set by an annotation io.caisson.<key>",
-        "a list of keys",
-        |c, v| c.annotations_allowed = match v {
-            Value::List(names) if names.iter().all(|name| find(name).is_some()) => names,
-            _ => return None,
-        },
-        |c| toml::Value::from(c.annotations_allowed.clone()).to_string()
-    ),
-];
-
-fn find(name: &str) -> Option<&'static Key> {
-    KEYS.iter().find(|key| key.name == name)
 }
 
 /// What is wrong with a configuration, in one sentence.

@@ -18,5 +18,15 @@ pub const ROOTFS_DIR: &str = "rootfs";
 /// Within the share, a container's folder holds its bind mounts under this name, numbered.
 pub const MOUNTS_DIR: &str = "mounts";
 
+/// Annotations by which containerd's CRI and CRI-O tell a sandbox from a container in it: the name
+/// of the kind (`sandbox` or `container`), and that of the sandbox's id.
+pub const POD_ANNOTATIONS: &[(&str, &str)] = &[
+    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+];
+
+/// Where the guest has the shared memory that all containers of a pod see as their /dev/shm.
+pub const SHM_DIR: &str = "/dev/shm";
+
 /// Bytes at the end of guest memory in which the kernel leaves the log of a panic (ramoops).
 pub const PANIC_LOG_BYTES: u64 = 64 << 10;

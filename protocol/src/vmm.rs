@@ -110,8 +110,13 @@ pub enum Event {
 pub enum Stopped {
     /// The guest reset the machine: an orderly end.
     Reset,
-    /// The guest kernel panicked; the end of its log.
-    Panic(String),
+    /// The guest kernel panicked.
+    Panic {
+        /// The line that says why.
+        reason: String,
+        /// The end of its log.
+        log: String,
+    },
     /// Something failed in the VMM: one sentence.
     Failed(String),
 }

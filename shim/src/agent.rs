@@ -86,10 +86,12 @@ impl Agent {
         }
     }
 
-    /// Exchanges versions and hands over time and name. The caller bounds the wait.
-    pub async fn hello(&self, hostname: &str) -> Result<HelloResponse> {
+    /// Exchanges versions and hands over time, name and the size of shared memory (0: the guest's
+    /// own choice). The caller bounds the wait.
+    pub async fn hello(&self, hostname: &str, shm_bytes: u64) -> Result<HelloResponse> {
         let time_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(0));
-        let request = HelloRequest { version: VERSION.into(), time_ns, hostname: hostname.to_owned(), ..HelloRequest::default() };
+        let request =
+            HelloRequest { version: VERSION.into(), time_ns, hostname: hostname.to_owned(), shm_bytes, ..HelloRequest::default() };
         let answer = self.until_ended(self.client.hello(none(), &request)).await?;
         if answer.version != VERSION {
             return Err(Error::Precondition(format!(
@@ -105,10 +107,10 @@ impl Agent {
         self.call("health check", self.client.ping(none(), &Empty::new())).await.map(drop)
     }
 
-    /// Makes a container.
-    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<()> {
+    /// Makes a container; returns the id that its own process has in the guest.
+    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<u32> {
         let request = CreateContainerRequest { id: id.to_owned(), spec, stdio: Some(stdio).into(), ..CreateContainerRequest::default() };
-        self.call("create the container", self.client.create_container(none(), &request)).await.map(drop)
+        self.call("create the container", self.client.create_container(none(), &request)).await.map(|answer| answer.pid)
     }
 
     /// Registers an exec.

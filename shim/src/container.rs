@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use anyhow::{Context, Result};
 use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR};
@@ -16,6 +16,9 @@ use crate::process::Process;
 use crate::spec::{Bind, Spec};
 use crate::store::{remove_empty_tree, unmount_below};
 
+/// For a thread that only sleeps.
+const TASK_STACK: usize = 16 << 10;
+
 /// A container.
 pub struct Container {
     /// Its id.
@@ -24,6 +27,10 @@ pub struct Container {
     pub bundle: String,
     /// Its own process.
     pub init: Arc<Process>,
+    /// What stands for that process on the host.
+    pub task: TaskId,
+    /// That process's id in the guest.
+    pub guest_pid: u32,
     /// Whether it is paused.
     pub paused: AtomicBool,
     execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -31,8 +38,16 @@ pub struct Container {
 
 impl Container {
     /// A container with its own process.
-    pub fn new(id: &str, bundle: &str, init: Arc<Process>) -> Self {
-        Self { id: id.to_owned(), bundle: bundle.to_owned(), init, paused: AtomicBool::new(false), execs: Mutex::default() }
+    pub fn new(id: &str, bundle: &str, init: Arc<Process>, task: TaskId, guest_pid: u32) -> Self {
+        Self {
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            init,
+            task,
+            guest_pid,
+            paused: AtomicBool::new(false),
+            execs: Mutex::default(),
+        }
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
@@ -71,6 +86,45 @@ impl Container {
     /// Forgets an exec.
     pub fn remove_exec(&self, exec: &str) {
         self.execs().remove(exec);
+    }
+}
+
+/// The process id by which the host knows a container's own process.
+///
+/// containerd refers to a container by it (`/proc/PID/ns/...`), so no two containers of a pod may
+/// have the same. The pod's first container is known by the monitor's; for each other one a thread
+/// of the shim sleeps.
+pub struct TaskId {
+    pid: u32,
+    /// Dropping it ends the thread.
+    _thread: Option<mpsc::Sender<()>>,
+}
+
+impl TaskId {
+    /// The monitor's.
+    pub const fn monitor(pid: u32) -> Self {
+        Self { pid, _thread: None }
+    }
+
+    /// Starts a thread that stands for a container.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn thread() -> Result<Self> {
+        let (stop, stopped) = mpsc::channel();
+        let (tell, told) = mpsc::channel();
+        let sleep = move || {
+            let _ = tell.send(nix::unistd::gettid());
+            let _ = stopped.recv();
+        };
+        std::thread::Builder::new().name("task".into()).stack_size(TASK_STACK).spawn(sleep).context("start the container's thread")?;
+        let id = told.recv().context("hear from the container's thread")?;
+        Ok(Self { pid: id.as_raw().unsigned_abs(), _thread: Some(stop) })
+    }
+
+    /// The id.
+    pub const fn pid(&self) -> u32 {
+        self.pid
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -17,18 +17,23 @@ use containerd_shim_protos::types::mount::Mount;
 use protobuf::MessageField;
 
 use crate::agent::Exit;
-use crate::container::{Container, ShareFolder, remove_share_folder};
+use crate::container::{Container, ShareFolder, TaskId, remove_share_folder};
 use crate::errors::{Error, Result};
 use crate::events::{Events, timestamp};
 use crate::flags::check_name;
 use crate::process::Process;
 use crate::sandbox::Sandbox;
-use crate::spec::Spec;
+use crate::spec::{Siblings, Spec};
 use crate::stdio::{self, Paths};
 use crate::store::{self, Store};
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+
+/// How long an exit is kept back while its output is on its way to a slow reader.
+const SETTLE: Duration = Duration::from_secs(5);
+/// The same for an exec, which may leave a process that keeps the output open.
+const SETTLE_EXEC: Duration = Duration::from_millis(200);
 
 /// What makes a container.
 pub struct CreateContainer<'a> {
@@ -47,6 +52,8 @@ struct Running {
     sandbox: Arc<Sandbox>,
     store: Store,
     config: Config,
+    /// Whether its failure is on record.
+    failed: AtomicBool,
 }
 
 /// A pod.
@@ -89,11 +96,6 @@ impl Pod {
         self.machine.lock().await.clone().ok_or_else(|| Error::Gone(format!("pod {} has no machine", self.id)))
     }
 
-    /// The process id that stands for the pod's tasks on the host: the monitor's.
-    pub async fn pid(&self) -> u32 {
-        self.machine.lock().await.as_ref().map_or(0, |machine| machine.sandbox.vmm.pid())
-    }
-
     /// Creates a container, booting the machine for the first one.
     pub async fn create(self: &Arc<Self>, request: CreateContainer<'_>) -> Result<u32> {
         check_name("container", request.id).map_err(Error::Invalid)?;
@@ -108,16 +110,16 @@ impl Pod {
             *slot = Some(self.boot(&spec, request.bundle).await?);
         }
         let machine = slot.clone().ok_or_else(|| Error::Gone("no machine".into()))?;
-        let created = self.create_in(&machine, &spec, &request).await;
+        let created = self.create_in(&machine, &spec, &request, first).await;
         if created.is_err() && first {
             // Nothing of a pod that never had a container stays.
             machine.sandbox.kill("its first container could not be created");
             *slot = None;
             self.undo(&machine.config);
         }
-        created?;
+        let pid = created?;
         log::info!("container {} was created in {} ms", request.id, begin.elapsed().as_millis());
-        Ok(machine.sandbox.vmm.pid())
+        Ok(pid)
     }
 
     /// Boots the machine, with everything on record.
@@ -147,7 +149,7 @@ impl Pod {
             anyhow::Ok((store, sandbox))
         };
         match booted.await {
-            Ok((store, sandbox)) => Ok(Arc::new(Running { sandbox, store, config })),
+            Ok((store, sandbox)) => Ok(Arc::new(Running { sandbox, store, config, failed: AtomicBool::new(false) })),
             Err(error) => {
                 self.undo(&config);
                 Err(Error::Failed(error.context(format!("boot pod {}", self.id))))
@@ -161,20 +163,25 @@ impl Pod {
         }
     }
 
-    async fn create_in(self: &Arc<Self>, machine: &Arc<Running>, spec: &Spec, request: &CreateContainer<'_>) -> Result<()> {
-        let (guest_spec, binds) = spec.for_guest(request.id);
+    async fn create_in(self: &Arc<Self>, machine: &Arc<Running>, spec: &Spec, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
+        let (guest_spec, binds) = spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
+        let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
+        let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
         let folder = ShareFolder::make(&machine.store.share(), request.id, spec, Path::new(request.bundle), request.rootfs, &binds)?;
         let sandbox = &machine.sandbox;
         let opened = stdio::open(&request.paths, request.id, &self.namespace, || sandbox.next_port())?;
         let ports = opened.ports.clone();
         let process = Process::new(sandbox, "", request.paths.clone(), opened).await?;
-        if let Err(error) = sandbox.agent.create_container(request.id, guest_spec, ports).await {
-            process.close_streams(sandbox).await;
-            return Err(error);
-        }
+        let guest_pid = match sandbox.agent.create_container(request.id, guest_spec, ports).await {
+            Ok(pid) => pid,
+            Err(error) => {
+                process.close_streams(sandbox).await;
+                return Err(error);
+            }
+        };
         folder.keep();
-        let container = Arc::new(Container::new(request.id, request.bundle, Arc::clone(&process)));
+        let container = Arc::new(Container::new(request.id, request.bundle, Arc::clone(&process), task, guest_pid));
         self.containers().insert(request.id.to_owned(), Arc::clone(&container));
         let Paths { terminal, stdin, stdout, stderr } = request.paths.clone();
         self.events.publish(&TaskCreate {
@@ -182,12 +189,12 @@ impl Pod {
             bundle: request.bundle.to_owned(),
             rootfs: request.rootfs.to_vec(),
             io: MessageField::some(TaskIO { stdin, stdout, stderr, terminal, ..TaskIO::default() }),
-            pid: sandbox.vmm.pid(),
+            pid,
             ..TaskCreate::default()
         });
         self.watch_exit(machine, &container, process);
         self.watch_oom(machine, request.id);
-        Ok(())
+        Ok(pid)
     }
 
     /// Publishes a process's exit when it comes, or 137 when the machine dies first.
@@ -195,9 +202,12 @@ impl Pod {
         let (pod, machine, container) = (Arc::clone(self), Arc::clone(machine), Arc::clone(container));
         tokio::spawn(async move {
             let exit = match machine.sandbox.agent.wait(&container.id, &process.exec).await {
-                Ok(exit) => exit,
+                Ok(exit) => {
+                    process.settle(if process.exec.is_empty() { SETTLE } else { SETTLE_EXEC }).await;
+                    exit
+                }
                 Err(error) => {
-                    log::warn!("container {}: {error}", container.id);
+                    log::debug!("container {}: {error}", container.id);
                     // However the agent failed, the process is not to outlive what is said of it.
                     machine.sandbox.kill(&error.to_string());
                     pod.note_failure(&machine);
@@ -210,7 +220,7 @@ impl Pod {
                 pod.events.publish(&TaskExit {
                     container_id: container.id.clone(),
                     id,
-                    pid: machine.sandbox.vmm.pid(),
+                    pid: container.task.pid(),
                     exit_status: exit.status,
                     exited_at: MessageField::some(timestamp(exit.at)),
                     ..TaskExit::default()
@@ -219,8 +229,11 @@ impl Pod {
         });
     }
 
-    /// Records why the machine died, for `caisson list`.
+    /// Records why the machine died, for `caisson list`; the first of its processes to hear of it does.
     fn note_failure(&self, machine: &Running) {
+        if machine.failed.swap(true, Ordering::AcqRel) {
+            return;
+        }
         let reason = machine.sandbox.ended().borrow().clone();
         log::error!("pod {}: {}", self.id, reason.as_deref().unwrap_or("its machine ended"));
         if let Err(error) = machine.store.change(|record| record.failure = reason) {
@@ -243,7 +256,7 @@ impl Pod {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         let machine = self.machine().await?;
-        let pid = machine.sandbox.vmm.pid();
+        let pid = container.task.pid();
         let _starting = process.starting.lock().await;
         if !process.status().can_start() {
             return Err(Error::Precondition(format!("{}: it was started before", describe(id, exec))));
@@ -276,6 +289,9 @@ impl Pod {
         let container = self.container(id)?;
         if container.init.exited().is_some() {
             return Err(Error::NotFound(format!("container {id}: process")));
+        }
+        if container.paused.load(Ordering::Acquire) {
+            return Err(Error::Precondition(format!("container {id}: it is paused")));
         }
         if container.has_exec(exec) {
             return Err(Error::AlreadyExists(format!("exec {exec} of container {id}")));
@@ -319,7 +335,7 @@ impl Pod {
             return Err(Error::Precondition(format!("{}: it is running", describe(id, exec))));
         }
         let machine = self.machine().await?;
-        let (sandbox, pid) = (&machine.sandbox, machine.sandbox.vmm.pid());
+        let (sandbox, pid) = (&machine.sandbox, container.task.pid());
         if process.exited().is_none() {
             // Never started: what waits in the guest is killed.
             if exec.is_empty() && sandbox.agent.signal(id, "", SIGKILL, false).await.is_ok() {
@@ -395,9 +411,11 @@ impl Pod {
 
     /// The processes of a container, as (pid in the guest, exec id).
     pub async fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
-        self.container(id)?;
+        let container = self.container(id)?;
         let processes = self.machine().await?.sandbox.agent.pids(id).await?;
-        Ok(processes.into_iter().map(|process| (process.pid, process.exec)).collect())
+        // The container's own process has the id that containerd knows; the others have the guest's.
+        let known = |pid: u32| if pid == container.guest_pid { container.task.pid() } else { pid };
+        Ok(processes.into_iter().map(|process| (known(process.pid), process.exec)).collect())
     }
 
     /// The counters of a container.
@@ -423,6 +441,16 @@ impl Pod {
         }
         self.events.flush().await;
         true
+    }
+}
+
+impl Siblings for Pod {
+    fn guest_pid(&self, host_pid: u32) -> Option<u32> {
+        self.containers().values().find(|container| container.task.pid() == host_pid).map(|container| container.guest_pid)
+    }
+
+    fn sandbox_pid(&self) -> Option<u32> {
+        self.containers().get(&self.id).map(|container| container.guest_pid)
     }
 }
 

@@ -49,6 +49,7 @@ struct Output {
 struct State {
     status: Status,
     keepers: Vec<OwnedFd>,
+    input_keeper: Option<OwnedFd>,
 }
 
 /// A process.
@@ -85,7 +86,7 @@ impl Process {
         Ok(Arc::new(Self {
             exec: exec.to_owned(),
             paths,
-            state: Mutex::new(State { status: Status::Created, keepers: opened.keepers }),
+            state: Mutex::new(State { status: Status::Created, keepers: opened.keepers, input_keeper: opened.input_keeper }),
             exit: watch::Sender::new(None),
             input,
             outputs,
@@ -137,9 +138,26 @@ impl Process {
 
     /// Ends standard input once what the FIFO holds has been sent.
     pub async fn close_input(&self, sandbox: &Sandbox) {
+        self.state().input_keeper = None;
         if let Some(port) = self.input {
             sandbox.vmm.close_source(port).await;
         }
+    }
+
+    /// Waits until every byte of output is where its reader finds it, or until `limit`.
+    ///
+    /// An exit that is told before loses output of callers that stop reading when they hear of it.
+    pub async fn settle(&self, limit: Duration) {
+        let closed = async {
+            for output in &self.outputs {
+                let mut state = output.state.clone();
+                if *state.borrow() != StreamState::Offered {
+                    let _ = state.wait_for(|state| *state == StreamState::Closed).await;
+                }
+            }
+        };
+        // Later than that the exit is more important; Delete waits for the output again.
+        let _ = tokio::time::timeout(limit, closed).await;
     }
 
     /// Waits until every byte of output has reached its reader.
@@ -167,7 +185,11 @@ impl Process {
 
     /// Takes back what the guest never connected to, and breaks what is left.
     pub async fn close_streams(&self, sandbox: &Sandbox) {
-        self.state().keepers.clear();
+        {
+            let mut state = self.state();
+            state.keepers.clear();
+            state.input_keeper = None;
+        }
         for port in &self.all_ports {
             sandbox.vmm.withdraw(*port).await;
         }

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use caisson_host::jail::raise_descriptor_limit;
 use caisson_protocol::config::Config;
 use caisson_protocol::fs::FsConfig;
 use caisson_protocol::guest::{CONTROL_PORT, FIRST_STREAM_PORT};
@@ -27,6 +28,14 @@ use crate::agent::Agent;
 use crate::store::Store;
 use crate::vmm::{Ended, Jailed, StreamState, Vmm, start_fs};
 use crate::{cgroup, spec};
+
+/// Open files that the pod's processes may have: streams take up to two each.
+const DESCRIPTOR_LIMIT: u64 = 8192;
+/// With fewer a pod of one container cannot be served.
+const LEAST_DESCRIPTORS: u64 = 256;
+
+/// From the end of the file server to that of the monitor, when it was the monitor that ended.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A machine that is ready for containers.
 pub struct Sandbox {
@@ -128,6 +137,7 @@ impl Boot<'_> {
 
     async fn run(&self, started: &mut Started) -> Result<Arc<Sandbox>> {
         let Self { config, store, .. } = *self;
+        check_descriptor_limit()?;
         let files = open_files(config, self.bundle)?;
         prepare_share(&store.share())?;
         let uid = store.reserve_uid(config.uid_base, config.uid_count)?;
@@ -141,9 +151,14 @@ impl Boot<'_> {
         self.enter("starting the virtio-fs server");
         let fs_config = FsConfig { cache: config.fs_cache, threads: config.fs_threads as usize };
         let watched = Arc::clone(&vmm);
-        let fs = start_fs(&config.fs_path, &store.share(), &fs_config, fs_listener, move |reason| watched.kill(&reason))
-            .await
-            .context("start the virtio-fs server")?;
+        let fs = start_fs(&config.fs_path, &store.share(), &fs_config, fs_listener, move |reason| async move {
+            // The server ends with a monitor that ends, and then it is the monitor that knows why.
+            if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
+                watched.kill(&reason);
+            }
+        })
+        .await
+        .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
         store.add_process("fs", fs.pid)?;
         join_cgroup(store, self.spec, &[vmm.pid(), fs.pid])?;
@@ -187,7 +202,7 @@ impl Boot<'_> {
             std::future::pending().await
         };
         let hello = tokio::select! {
-            answer = agent.hello(hostname) => answer?,
+            answer = agent.hello(hostname, self.spec.shm_bytes()) => answer?,
             () = stages => unreachable!("it never ends"),
         };
         log::info!(
@@ -200,6 +215,16 @@ impl Boot<'_> {
         );
         Ok(())
     }
+}
+
+/// Takes as many open files as the host allows, and says so when they are too few.
+fn check_descriptor_limit() -> Result<()> {
+    let limit = raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open files")?;
+    anyhow::ensure!(
+        limit >= LEAST_DESCRIPTORS,
+        "the limit of open files is {limit} and a pod needs {LEAST_DESCRIPTORS}; raise LimitNOFILE of containerd's service or its `ulimit -n`"
+    );
+    Ok(())
 }
 
 /// Opens what the machine boots from, naming what is missing and what to do.

@@ -54,7 +54,7 @@ impl Task for TaskService {
             id: request.id,
             exec_id: request.exec_id,
             bundle: container.bundle.clone(),
-            pid: self.pod.pid().await,
+            pid: container.task.pid(),
             status: status.into(),
             stdin: process.paths.stdin.clone(),
             stdout: process.paths.stdout.clone(),
@@ -143,10 +143,11 @@ impl Task for TaskService {
         Ok(StatsResponse { stats: MessageField::some(metrics), ..StatsResponse::default() })
     }
 
-    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Result<ConnectResponse> {
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.pod.pid().await,
+            // It is asked before there is a task, too.
+            task_pid: self.pod.container(&request.id).map_or(0, |container| container.task.pid()),
             version: VERSION.into(),
             ..ConnectResponse::default()
         })

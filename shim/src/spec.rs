@@ -6,16 +6,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
+use caisson_protocol::config::HostNamespaces;
+use caisson_protocol::guest::{MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
 use serde_json::{Value, json};
+
+use crate::errors::{self, Error};
 
 /// A larger specification does not fit into a message to the agent (ttrpc: 4 MiB).
 const MAX_BYTES: u64 = 3 << 20;
-/// Annotations by which containerd's CRI and CRI-O tell a sandbox from a container in it.
-const POD_ANNOTATIONS: &[(&str, &str)] = &[
-    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
-    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
-];
 
 /// A folder or file of the host that a container gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,14 +30,34 @@ pub struct Bind {
 #[derive(Debug, Clone)]
 pub struct Spec(Value);
 
+/// What a container is to its pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// A pod of its own, as `ctr` makes them.
+    Single,
+    /// The one that holds a pod's namespaces and network (Kubernetes' pause container).
+    Sandbox,
+    /// One of the containers of the named pod.
+    Member(String),
+}
+
+/// The pod's other containers, as a specification refers to them.
+pub trait Siblings {
+    /// The guest's id of the process that has this id on the host.
+    fn guest_pid(&self, host_pid: u32) -> Option<u32>;
+    /// The guest's id of the sandbox's own process.
+    fn sandbox_pid(&self) -> Option<u32>;
+}
+
 /// The pod that a bundle's container belongs to; `None` when it is a pod of its own.
 ///
 /// # Errors
 /// When the specification cannot be read.
 pub fn pod_of(path: &Path) -> Result<Option<String>> {
-    let spec = Spec::read(path)?;
-    let annotations = spec.annotations();
-    Ok(POD_ANNOTATIONS.iter().find_map(|(kind, pod)| (annotations.get(*kind)? == "container").then(|| annotations.get(*pod).cloned())?))
+    Ok(match Spec::read(path)?.kind() {
+        Kind::Single | Kind::Sandbox => None,
+        Kind::Member(pod) => Some(pod),
+    })
 }
 
 impl Spec {
@@ -62,6 +80,35 @@ impl Spec {
         entries.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
     }
 
+    /// What it is to its pod.
+    pub fn kind(&self) -> Kind {
+        let annotation = |name: &str| self.0["annotations"][name].as_str();
+        for (kind, pod) in POD_ANNOTATIONS {
+            match (annotation(kind), annotation(pod)) {
+                (Some("sandbox"), _) => return Kind::Sandbox,
+                (Some("container"), Some(pod)) => return Kind::Member(pod.to_owned()),
+                _ => {}
+            }
+        }
+        Kind::Single
+    }
+
+    /// Size of the shared memory that the pod's containers are to have, in bytes; 0 when the
+    /// specification does not say.
+    pub fn shm_bytes(&self) -> u64 {
+        let mounts = self.0["mounts"].as_array().into_iter().flatten();
+        let source = mounts.filter(|mount| self.is_pod_shm(mount)).find_map(|mount| mount["source"].as_str());
+        let size = source.and_then(|source| nix::sys::statvfs::statvfs(source).ok());
+        size.map_or(0, |size| size.blocks() * size.fragment_size())
+    }
+
+    /// Whether a mount is the shared memory of a pod, which is in the guest.
+    fn is_pod_shm(&self, mount: &Value) -> bool {
+        self.kind() != Kind::Single
+            && mount["destination"].as_str().is_some_and(|place| Path::new(place) == Path::new(SHM_DIR))
+            && mount["source"].as_str().is_some_and(|source| Path::new(source).file_name().is_some_and(|name| name == "shm"))
+    }
+
     /// The host name it asks for.
     pub fn hostname(&self) -> &str {
         self.0["hostname"].as_str().unwrap_or_default()
@@ -80,26 +127,72 @@ impl Spec {
     /// The specification for the guest, and what must be bound into the share for it.
     ///
     /// What the guest cannot honour is taken out, and said in the log.
-    pub fn for_guest(&self, container: &str) -> (Vec<u8>, Vec<Bind>) {
+    ///
+    /// # Errors
+    /// What of the host it asks for that a machine of its own cannot have.
+    pub fn for_guest(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<(Vec<u8>, Vec<Bind>)> {
         let mut spec = self.0.clone();
         let place = format!("{SHARE_DIR}/{container}");
         spec["root"]["path"] = json!(format!("{place}/{ROOTFS_DIR}"));
         let mut binds = Vec::new();
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
-            if let Some(bind) = host_bind(mount, binds.len()) {
+            if self.is_pod_shm(mount) {
+                mount["source"] = json!(SHM_DIR);
+                mount["type"] = json!("bind");
+            } else if let Some(bind) = host_bind(mount, binds.len()) {
                 mount["source"] = json!(format!("{place}/{MOUNTS_DIR}/{}", bind.name));
                 mount["type"] = json!("bind");
                 binds.push(bind);
             }
         }
-        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-            // A namespace with a path is one of the host's; the guest's own stands for it.
-            namespaces.retain(|namespace| namespace["path"].as_str().unwrap_or_default().is_empty());
-        }
+        spec["linux"]["namespaces"] = self.guest_namespaces(container, host, siblings)?.into();
         drop_unsupported(&mut spec, container);
         // A JSON value always serialises.
-        (serde_json::to_vec(&spec).unwrap_or_default(), binds)
+        Ok((serde_json::to_vec(&spec).unwrap_or_default(), binds))
     }
+
+    /// The namespaces of the guest that stand for those of the specification.
+    fn guest_namespaces(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<Vec<Value>> {
+        let invalid = |what: String| Error::Invalid(format!("container {container}: {what}"));
+        let asked = self.0["linux"]["namespaces"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let mut namespaces = Vec::new();
+        for namespace in asked {
+            let kind = namespace["type"].as_str().unwrap_or_default();
+            let path = namespace["path"].as_str().unwrap_or_default();
+            if kind == "network" {
+                // The pod's network is the machine's.
+            } else if path.is_empty() {
+                namespaces.push(namespace.clone());
+            } else {
+                let (pid, file) = process_namespace(path)
+                    .and_then(|(pid, file)| Some((siblings.guest_pid(pid)?, file)))
+                    .ok_or_else(|| invalid(format!("the {kind} namespace {path} is not one of its pod's")))?;
+                namespaces.push(json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")}));
+            }
+        }
+        let lacks = |kind: &str| !asked.iter().any(|namespace| namespace["type"] == kind);
+        for (kind, what) in [("network", "network"), ("pid", "process ids"), ("ipc", "IPC")] {
+            if lacks(kind) && host == HostNamespaces::Refuse {
+                return Err(invalid(format!(
+                    "it asks for the host's {what}, which a virtual machine cannot share; set pod.host_namespaces = \"pod\" to give it the pod's own"
+                )));
+            }
+        }
+        if lacks("pid") {
+            // Never the agent's.
+            namespaces.push(match siblings.sandbox_pid() {
+                Some(pid) => json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")}),
+                None => json!({"type": "pid"}),
+            });
+        }
+        Ok(namespaces)
+    }
+}
+
+/// The process and the file of a path `/proc/PID/ns/FILE`.
+fn process_namespace(path: &str) -> Option<(u32, &str)> {
+    let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
+    (!file.contains('/')).then_some((pid.parse().ok()?, file))
 }
 
 /// The bind mount of a host path that a mount entry asks for.
@@ -144,6 +237,23 @@ mod tests {
         Spec(value)
     }
 
+    /// A pod whose sandbox has the id 100 on the host and 7 in the guest.
+    struct Pod;
+
+    impl Siblings for Pod {
+        fn guest_pid(&self, host_pid: u32) -> Option<u32> {
+            (host_pid == 100).then_some(7)
+        }
+
+        fn sandbox_pid(&self) -> Option<u32> {
+            Some(7)
+        }
+    }
+
+    fn for_guest(spec: &Spec, host: HostNamespaces) -> errors::Result<(Value, Vec<Bind>)> {
+        spec.for_guest("c", host, &Pod).map(|(guest, binds)| (serde_json::from_slice(&guest).unwrap(), binds))
+    }
+
     #[test]
     fn host_paths_become_places_in_the_share() {
         let spec = spec(json!({
@@ -153,11 +263,10 @@ mod tests {
                 {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ro"]},
                 {"destination": "/etc/hosts", "type": "none", "source": "/tmp/hosts", "options": ["bind"]},
             ],
-            "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/var/run/netns/x"}], "cgroupsPath": "/default/c"},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/var/run/netns/x"}], "cgroupsPath": "/default/c"},
             "hooks": {"prestart": [{"path": "/bin/hook"}]},
         }));
-        let (guest, binds) = spec.for_guest("c");
-        let guest: Value = serde_json::from_slice(&guest).unwrap();
+        let (guest, binds) = for_guest(&spec, HostNamespaces::Refuse).unwrap();
         assert_eq!(guest["root"]["path"], "/run/caisson/share/c/rootfs");
         assert_eq!(guest["mounts"][0]["source"], "proc");
         assert_eq!(
@@ -171,8 +280,38 @@ mod tests {
                 Bind { source: "/tmp/hosts".into(), recursive: false, name: "1".into() }
             ]
         );
-        assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}]));
+        assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "ipc"}]));
         assert!(guest.get("hooks").is_none());
+    }
+
+    #[test]
+    fn namespaces_of_the_pod_are_those_of_the_guest() {
+        let namespaces =
+            json!([{"type": "pid"}, {"type": "network", "path": "/proc/100/ns/net"}, {"type": "ipc", "path": "/proc/100/ns/ipc"}]);
+        let (guest, _) = for_guest(&spec(json!({"linux": {"namespaces": namespaces}})), HostNamespaces::Refuse).unwrap();
+        assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "ipc", "path": "/proc/7/ns/ipc"}]));
+        let stranger = json!([{"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "network"}, {"type": "ipc"}]);
+        let error = for_guest(&spec(json!({"linux": {"namespaces": stranger}})), HostNamespaces::Refuse).unwrap_err();
+        assert_eq!(error.to_string(), "container c: the pid namespace /proc/1/ns/pid is not one of its pod's");
+    }
+
+    #[test]
+    fn namespaces_of_the_host_are_refused_or_become_the_pods() {
+        let spec = spec(json!({"linux": {"namespaces": [{"type": "ipc"}]}}));
+        let error = for_guest(&spec, HostNamespaces::Refuse).unwrap_err();
+        assert!(error.to_string().contains("the host's network") && error.to_string().contains("pod.host_namespaces"), "{error}");
+        let (guest, _) = for_guest(&spec, HostNamespaces::Pod).unwrap();
+        assert_eq!(guest["linux"]["namespaces"], json!([{"type": "ipc"}, {"type": "pid", "path": "/proc/7/ns/pid"}]));
+    }
+
+    #[test]
+    fn shared_memory_of_a_pod_is_the_guests() {
+        let spec = spec(json!({
+            "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"},
+            "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/sandboxes/p/shm", "options": ["rbind"]}],
+        }));
+        let (guest, binds) = for_guest(&spec, HostNamespaces::Pod).unwrap();
+        assert_eq!((&guest["mounts"][0]["source"], binds.len()), (&json!("/dev/shm"), 0));
     }
 
     #[test]

@@ -42,6 +42,9 @@ pub struct Opened {
     pub offers: Vec<(Offer, Vec<OwnedFd>)>,
     /// Reading ends that keep output FIFOs open.
     pub keepers: Vec<OwnedFd>,
+    /// A writing end that keeps standard input open: it ends by CloseIO, not with the caller that
+    /// happens to be attached.
+    pub input_keeper: Option<OwnedFd>,
 }
 
 /// Opens the streams of a process, with ports from `next_port`.
@@ -49,11 +52,19 @@ pub struct Opened {
 /// # Errors
 /// Which stream could not be opened, and why.
 pub fn open(paths: &Paths, container: &str, namespace: &str, mut next_port: impl FnMut() -> u32) -> Result<Opened> {
-    let mut opened = Opened { ports: Ports { terminal: paths.terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new() };
+    let mut opened = Opened {
+        ports: Ports { terminal: paths.terminal, ..Ports::default() },
+        offers: Vec::new(),
+        keepers: Vec::new(),
+        input_keeper: None,
+    };
     let source = if paths.stdin.is_empty() {
         None
     } else {
-        Some(open_source(&paths.stdin).with_context(|| format!("open standard input {}", paths.stdin))?)
+        let what = || format!("open standard input {}", paths.stdin);
+        let source = open_source(&paths.stdin).with_context(what)?;
+        opened.input_keeper = Some(open_writer(&paths.stdin).with_context(what)?);
+        Some(source)
     };
     let (stdout, stderr) = open_sinks(paths, container, namespace, &mut opened.keepers)?;
     let mut offer = |ends: Ends, fds: Vec<OwnedFd>| {
@@ -97,6 +108,11 @@ fn open_source(path: &str) -> Result<OwnedFd> {
     Ok(std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?.into())
 }
 
+/// Opens for writing what somebody reads already.
+fn open_writer(path: &str) -> Result<OwnedFd> {
+    Ok(std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?.into())
+}
+
 type Sinks = (Option<OwnedFd>, Option<OwnedFd>);
 
 fn open_sinks(paths: &Paths, container: &str, namespace: &str, keepers: &mut Vec<OwnedFd>) -> Result<Sinks> {
@@ -124,9 +140,9 @@ fn open_sink(path: &str, keepers: &mut Vec<OwnedFd>) -> Result<OwnedFd> {
     let path = path.strip_prefix("fifo:").map_or(path, uri_path);
     // A reader first, so that opening for writing does not wait for containerd's.
     let keeper = open_source(path)?;
-    let writer = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+    let writer = open_writer(path)?;
     keepers.push(keeper);
-    Ok(writer.into())
+    Ok(writer)
 }
 
 /// The path of a URI, without authority and query.

@@ -251,7 +251,10 @@ impl Vmm {
 fn describe(stopped: &Stopped) -> String {
     match stopped {
         Stopped::Reset => "the guest reset the machine".into(),
-        Stopped::Panic(log) => format!("the guest kernel panicked: {}", log.replace('\n', " | ")),
+        Stopped::Panic { reason, log } => {
+            log::error!("the guest kernel's log before its panic:\n{log}");
+            format!("the guest kernel panicked: {reason}")
+        }
         Stopped::Failed(reason) => reason.clone(),
     }
 }
@@ -260,12 +263,12 @@ fn describe(stopped: &Stopped) -> String {
 ///
 /// # Errors
 /// When it cannot be started.
-pub async fn start_fs(
+pub async fn start_fs<F: Future<Output = ()> + Send>(
     program: &Path,
     share: &Path,
     config: &FsConfig,
     socket: OwnedFd,
-    on_end: impl FnOnce(String) + Send + 'static,
+    on_end: impl FnOnce(String) -> F + Send + 'static,
 ) -> Result<Arc<Jailed>> {
     let pid_of = |event: fs::Event| match event {
         fs::Event::Jailed { pid } => Ok(pid),
@@ -279,7 +282,7 @@ pub async fn start_fs(
             Ok(Some((fs::Event::Failed(reason), _))) => format!("the virtio-fs server failed: {reason}"),
             _ => "the virtio-fs server was killed".to_owned(),
         };
-        on_end(reason);
+        on_end(reason).await;
         watched.collect().await;
     });
     Ok(server)

@@ -71,7 +71,7 @@ pub fn command_line(layout: Layout, slots: &[DeviceSlot], console: bool, extra: 
     );
     line.push_str(if console { " console=ttyS0 earlyprintk=ttyS0" } else { " 8250.nr_uarts=0 quiet" });
     line.push_str(&format!(
-        " ramoops.mem_address={:#x} ramoops.mem_size={PANIC_LOG_BYTES} ramoops.record_size={PANIC_LOG_BYTES} ramoops.console_size=0 ramoops.pmsg_size=0",
+        " ramoops.mem_address={:#x} ramoops.mem_size={PANIC_LOG_BYTES} ramoops.record_size={PANIC_LOG_BYTES} ramoops.console_size=0 ramoops.ftrace_size=0 ramoops.pmsg_size=0",
         layout.panic_log()
     ));
     for slot in slots {

@@ -129,7 +129,7 @@ impl Machine {
                     let ended =
                         filters::vcpu().map_err(anyhow::Error::from).and_then(|()| vcpu::run(&mut fd, &bus).map_err(anyhow::Error::from));
                     let reason = match ended {
-                        Ok(()) => panic_log::read(&memory, layout).map_or(Stopped::Reset, Stopped::Panic),
+                        Ok(()) => panic_log::read(&memory, layout).unwrap_or(Stopped::Reset),
                         Err(error) => Stopped::Failed(format!("{error:#}")),
                     };
                     stop(&control, reason);

@@ -4,6 +4,7 @@
 //! `====<time>-D` and the end of the kernel's log. All of it is the guest's word and bounded here.
 
 use caisson_protocol::guest::PANIC_LOG_BYTES;
+use caisson_protocol::vmm::Stopped;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestMemory, Layout};
@@ -15,9 +16,10 @@ const HEADER: u64 = 12;
 /// How much of the log is kept: the last lines say what happened.
 const KEEP_LINES: usize = 40;
 const KEEP_BYTES: usize = 8 << 10;
+const KEEP_REASON: usize = 300;
 
-/// The reason of a panic; `None` when the kernel did not panic.
-pub fn read(memory: &GuestMemory, layout: Layout) -> Option<String> {
+/// What a panic left; `None` when the kernel did not panic.
+pub fn read(memory: &GuestMemory, layout: Layout) -> Option<Stopped> {
     let base = GuestAddress(layout.panic_log());
     let signature: u32 = memory.read_obj(base).ok()?;
     let size: u32 = memory.read_obj(GuestAddress(base.0 + 8)).ok()?;
@@ -30,22 +32,27 @@ pub fn read(memory: &GuestMemory, layout: Layout) -> Option<String> {
     text.starts_with("====").then(|| summary(&text))
 }
 
-/// The panic's own line first, then the end of the log.
-fn summary(text: &str) -> String {
-    // "<6>[    1.234567] message" -> "message"
-    let lines: Vec<&str> = text.lines().skip(1).map(|line| line.split_once("] ").map_or(line, |(_, rest)| rest)).collect();
+/// The panic's own line, and the lines before it.
+fn summary(text: &str) -> Stopped {
+    let lines: Vec<&str> = text.lines().skip(1).map(message).collect();
     let panic =
         lines.iter().rposition(|line| line.contains("Kernel panic") || line.starts_with("BUG:")).unwrap_or(lines.len().saturating_sub(1));
-    let from = (panic + 1).saturating_sub(KEEP_LINES);
-    let mut out = lines.get(panic).map_or_else(String::new, |line| (*line).to_owned());
-    for line in &lines[from..panic.max(from)] {
-        if out.len() + line.len() > KEEP_BYTES {
+    let mut log = String::new();
+    for line in lines.iter().take(panic).skip((panic + 1).saturating_sub(KEEP_LINES)) {
+        if log.len() + line.len() > KEEP_BYTES {
             break;
         }
-        out.push('\n');
-        out.push_str(line);
+        log.push_str(line);
+        log.push('\n');
     }
-    out
+    let reason = lines.get(panic).copied().unwrap_or_default();
+    Stopped::Panic { reason: reason.chars().take(KEEP_REASON).collect(), log }
+}
+
+/// A line of the log without its level and time: `<6>[    1.234567] message`, the time being optional.
+fn message(line: &str) -> &str {
+    let line = line.strip_prefix('<').and_then(|rest| rest.split_once('>')).map_or(line, |(_, rest)| rest);
+    line.strip_prefix('[').and_then(|rest| rest.split_once("] ")).map_or(line, |(_, rest)| rest)
 }
 
 #[cfg(test)]
@@ -64,10 +71,14 @@ mod tests {
     }
 
     #[test]
-    fn the_panic_line_comes_first() {
-        let log = b"====1.2-D\n<6>[    1.0] hello\n<0>[    1.1] Kernel panic - not syncing: Attempted to kill init!\n";
-        let (memory, layout) = memory_with(log, log.len() as u32);
-        assert_eq!(read(&memory, layout).unwrap(), "Kernel panic - not syncing: Attempted to kill init!\nhello");
+    fn the_panic_line_is_the_reason() {
+        for log in
+            ["====1.2-D\n<6>[    1.0] hello\n<0>[    1.1] Kernel panic - of a test\n", "====1.2-D\n<6>hello\n<0>Kernel panic - of a test\n"]
+        {
+            let (memory, layout) = memory_with(log.as_bytes(), log.len() as u32);
+            let expected = Stopped::Panic { reason: "Kernel panic - of a test".into(), log: "hello\n".into() };
+            assert_eq!(read(&memory, layout).unwrap(), expected);
+        }
     }
 
     #[test]
@@ -80,8 +91,8 @@ mod tests {
         #[test]
         fn hostile_bytes_are_bounded(log in proptest::collection::vec(any::<u8>(), 0..4096), size: u32) {
             let (memory, layout) = memory_with(&log, size);
-            if let Some(text) = read(&memory, layout) {
-                prop_assert!(text.len() <= KEEP_BYTES + PANIC_LOG_BYTES as usize);
+            if let Some(Stopped::Panic { reason, log }) = read(&memory, layout) {
+                prop_assert!(reason.chars().count() <= KEEP_REASON && log.len() <= KEEP_BYTES + KEEP_LINES);
             }
         }
     }

@@ -31,6 +31,8 @@ pub fn all() -> Result<PathBuf> {
         "libseccomp-dev",
         "linux-source",
         "pkg-config",
+        // The node tests' CRI client is generated.
+        "protobuf-compiler",
         "util-linux",
     ]);
     packages::require_installed(&needed)?;
@@ -47,6 +49,9 @@ pub fn all() -> Result<PathBuf> {
             .context("build the host programs")?;
         let _flags = sh.push_env("RUSTFLAGS", "-C target-feature=+crt-static");
         let _link = sh.push_env("LIBSECCOMP_LINK_TYPE", "static");
+        // The agent is unpacked into every guest's memory: its size is memory and time of every pod.
+        let _size = sh.push_env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "s");
+        let _lto = sh.push_env("CARGO_PROFILE_RELEASE_LTO", "fat");
         let _path = sh.push_env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
         cmd!(sh, "{cargo} build --quiet --release --package caisson-agent --target {AGENT_TARGET}").quiet().run().context("build the agent")
     })?;

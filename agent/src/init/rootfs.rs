@@ -1,0 +1,264 @@
+//! A container's file system: its root entered, its mounts made, what it must not see covered.
+//!
+//! The root is entered first and filled from within, so no path of the image or of the
+//! specification can lead out of it; what is bound into it is reached through a descriptor of the
+//! old root, which is let go at the end.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknod};
+use nix::unistd::{chdir, fchdir, pivot_root};
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
+
+use super::mounts;
+use super::terminal::Terminal;
+use crate::sys::{self, Attributes};
+
+/// What every container has in its /dev (runtime-spec `config-linux.md`, "Default Devices").
+const DEVICES: &[(&str, u64, u64)] = &[("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+const LINKS: &[(&str, &str)] = &[
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+];
+const ANYONE: u32 = 0o666;
+
+/// Enters the container's root and fills it; returns whether the process wants a terminal.
+///
+/// # Errors
+/// What could not be mounted, made or written, and why.
+pub fn enter(spec: &Spec) -> Result<bool> {
+    let root = spec.root().as_ref().context("the specification has no root")?.path();
+    let linux = spec.linux().as_ref().context("the specification has no linux section")?;
+    // Nothing that happens here reaches the agent's mounts; what the agent mounts later comes here.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).context("part from the agent's mounts")?;
+    mount(Some(root), root, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+        .with_context(|| format!("bind the root {}", root.display()))?;
+    let old_root = open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).context("open the old root")?;
+    chdir(root).with_context(|| format!("enter the root {}", root.display()))?;
+    pivot_root(".", ".").context("make the root the root")?;
+    chdir("/").context("enter the root")?;
+
+    let entries = spec.mounts().as_deref().unwrap_or_default();
+    for entry in entries {
+        mounts::make(entry, &old_root)?;
+    }
+    let brings_devices = entries.iter().any(|entry| entry.destination() == Path::new("/dev") && !mounts::is_device_folder(entry));
+    if !brings_devices {
+        fill_dev(linux, &old_root)?;
+    }
+    for (name, value) in linux.sysctl().iter().flatten() {
+        set_sysctl(name, value)?;
+    }
+    let process = spec.process().as_ref().context("the specification has no process")?;
+    // A working folder that the image lacks is made, as other runtimes do; a root that cannot be
+    // written says what is wrong when the folder is entered.
+    let _ = std::fs::create_dir_all(Path::new("/").join(process.cwd()));
+    leave(old_root)?;
+    Ok(process.terminal().unwrap_or_default())
+}
+
+/// Detaches the old root: only the container's own mounts remain.
+fn leave(old_root: OwnedFd) -> Result<()> {
+    fchdir(&old_root).context("go to the old root")?;
+    umount2(".", MntFlags::MNT_DETACH).context("detach the old root")?;
+    chdir("/").context("enter the root")
+}
+
+/// Makes the terminal the container's /dev/console.
+///
+/// # Errors
+/// When it cannot be bound there.
+pub fn add_console(terminal: &Terminal) -> Result<()> {
+    const CONSOLE: &str = "/dev/console";
+    if !Path::new(CONSOLE).exists() {
+        File::create(CONSOLE).context("create /dev/console")?;
+    }
+    let slave = sys::clone_mount_of(terminal.slave()).context("take the terminal's file")?;
+    sys::move_mount(&slave, Path::new(CONSOLE)).context("bind /dev/console")
+}
+
+/// Covers and freezes what the specification says must not be read or written.
+///
+/// # Errors
+/// What could not be covered: nothing is left open in silence.
+pub fn seal(spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref().context("the specification has no linux section")?;
+    for path in linux.readonly_paths().iter().flatten() {
+        make_read_only(Path::new(path)).with_context(|| format!("make {path} read-only"))?;
+    }
+    for path in linux.masked_paths().iter().flatten() {
+        mask(Path::new(path)).with_context(|| format!("mask {path}"))?;
+    }
+    for entry in spec.mounts().iter().flatten() {
+        if mounts::is_device_folder(entry) && mounts::is_read_only(entry) {
+            freeze(Path::new("/dev")).context("make /dev read-only")?;
+        }
+    }
+    if spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or_default() {
+        freeze(Path::new("/")).context("make the root read-only")?;
+    }
+    if let Some(option) = linux.rootfs_propagation().as_deref().filter(|option| !option.is_empty()) {
+        let flags = mounts::propagation(option).with_context(|| format!("rootfsPropagation {option:?} is not known"))?;
+        mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).with_context(|| format!("set rootfsPropagation {option}"))?;
+    }
+    Ok(())
+}
+
+fn fill_dev(linux: &Linux, old_root: &OwnedFd) -> Result<()> {
+    std::fs::create_dir_all("/dev").context("create /dev")?;
+    for (name, major, minor) in DEVICES {
+        let path = Path::new("/dev").join(name);
+        make_device(&path, SFlag::S_IFCHR, makedev(*major, *minor), ANYONE, old_root)?;
+    }
+    for device in linux.devices().iter().flatten() {
+        if is_known(device, old_root) {
+            make_specified(device, old_root)?;
+        } else if !allows_all_devices(linux) {
+            bail!(
+                "device {} ({}:{}) is one of the host's that the guest does not have",
+                device.path().display(),
+                device.major(),
+                device.minor()
+            );
+        }
+    }
+    for (link, target) in LINKS {
+        match symlink(target, Path::new("/dev").join(link)) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(error).with_context(|| format!("link /dev/{link}"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether the guest's kernel has a device.
+fn is_known(device: &LinuxDevice, old_root: &OwnedFd) -> bool {
+    let kind = match device.typ() {
+        LinuxDeviceType::B => "block",
+        LinuxDeviceType::P => return true,
+        LinuxDeviceType::C | LinuxDeviceType::U | LinuxDeviceType::A => "char",
+    };
+    let entry = format!("sys/dev/{kind}/{}:{}", device.major(), device.minor());
+    fstatat(old_root, Path::new(&entry), AtFlags::empty()).is_ok()
+}
+
+/// Whether the container may use any device: its list then is all that the host has, asked for by
+/// nobody.
+fn allows_all_devices(linux: &Linux) -> bool {
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    rules.iter().any(|rule| rule.allow() && rule.major().is_none() && rule.minor().is_none())
+}
+
+fn make_specified(device: &LinuxDevice, old_root: &OwnedFd) -> Result<()> {
+    let kind = match device.typ() {
+        LinuxDeviceType::B => SFlag::S_IFBLK,
+        LinuxDeviceType::P => SFlag::S_IFIFO,
+        LinuxDeviceType::C | LinuxDeviceType::U | LinuxDeviceType::A => SFlag::S_IFCHR,
+    };
+    let path = Path::new("/").join(device.path());
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    }
+    let number = |value: i64| u64::try_from(value).with_context(|| format!("device {}: number {value}", path.display()));
+    let mode = device.file_mode().unwrap_or(ANYONE) & 0o7777;
+    make_device(&path, kind, makedev(number(device.major())?, number(device.minor())?), mode, old_root)?;
+    if device.uid().is_some() || device.gid().is_some() {
+        // In a user namespace the node is the guest's own, bound: its owner stays.
+        match chown(&path, device.uid(), device.gid()) {
+            Err(error) if error.raw_os_error() != Some(libc::EPERM) => {
+                return Err(error).with_context(|| format!("chown {}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Makes a device node; in a user namespace, where nobody may, binds the guest's own.
+fn make_device(path: &Path, kind: SFlag, number: libc::dev_t, mode: u32, old_root: &OwnedFd) -> Result<()> {
+    match mknod(path, kind, Mode::from_bits_truncate(mode), number) {
+        // Whatever the umask took away.
+        Ok(()) => {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).with_context(|| format!("chmod {}", path.display()))
+        }
+        Err(Errno::EEXIST) => Ok(()),
+        Err(Errno::EPERM) => {
+            let inside = Path::new(".").join(path.strip_prefix("/").unwrap_or(path));
+            File::create(path).with_context(|| format!("create {}", path.display()))?;
+            let node = sys::open_tree(old_root.as_fd(), &inside, false).with_context(|| format!("find device {}", path.display()))?;
+            sys::move_mount(&node, path).with_context(|| format!("bind {}", path.display()))
+        }
+        Err(errno) => Err(errno).with_context(|| format!("make device {}", path.display())),
+    }
+}
+
+/// Sets a kernel parameter of the container's namespaces.
+fn set_sysctl(name: &str, value: &str) -> Result<()> {
+    // Dots separate folders, as sysctl(8) has it; an interface's name may hold a dot as a slash.
+    let path: String = name
+        .chars()
+        .map(|letter| {
+            if letter == '.' {
+                '/'
+            } else if letter == '/' {
+                '.'
+            } else {
+                letter
+            }
+        })
+        .collect();
+    anyhow::ensure!(!path.split('/').any(|part| part.is_empty() || part == ".."), "sysctl {name:?} is no name");
+    std::fs::write(Path::new("/proc/sys").join(path), value).with_context(|| format!("set sysctl {name} to {value:?}"))
+}
+
+/// Binds a path over itself, read-only. What is not there needs no lock.
+fn make_read_only(path: &Path) -> Result<()> {
+    match sys::open_tree(old_root_here()?, path, true) {
+        Ok(tree) => {
+            sys::set_mount_attributes(&tree, Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 }, true)?;
+            Ok(sys::move_mount(&tree, path)?)
+        }
+        Err(error) if is_absent(&error) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Absolute paths ignore the folder that they are looked up from.
+fn old_root_here() -> Result<OwnedFd> {
+    Ok(open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?)
+}
+
+/// Hides a folder behind an empty one and a file behind /dev/null.
+fn mask(path: &Path) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => {
+            mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_RDONLY, Some("nr_blocks=1,nr_inodes=1"))?;
+            Ok(())
+        }
+        Ok(_) => Ok(mount(Some("/dev/null"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?),
+        Err(error) if is_absent(&error) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
+}
+
+/// Makes one mount read-only, and not those below it.
+fn freeze(path: &Path) -> Result<()> {
+    let folder = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    Ok(sys::set_mount_attributes(&folder, Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 }, false)?)
+}
