@@ -20,6 +20,7 @@ pub const ALONE: &[Test] = &[
     ("bad_settings_are_one_clear_sentence", bad_settings_are_one_clear_sentence),
     ("without_kvm_create_says_so", without_kvm_create_says_so),
     ("a_guest_that_is_never_ready_fails_within_the_time_out", a_guest_that_is_never_ready_fails_within_the_time_out),
+    ("too_few_open_files_are_one_clear_sentence", too_few_open_files_are_one_clear_sentence),
     ("a_full_run_folder_is_one_clear_sentence", a_full_run_folder_is_one_clear_sentence),
     ("older_containerds_work_with_the_same_binary", older_containerds_work_with_the_same_binary),
 ];
@@ -108,7 +109,7 @@ fn a_panicking_guest_exits_137_and_leaves_nothing() {
         assert_ne!(output.code, 0, "{output:?}");
         pod.wait_for("STOPPED");
         let list = run("caisson", &["list"]);
-        assert!(list.stdout.contains("failed") && list.stdout.contains("the guest"), "{list:?}");
+        assert!(list.stdout.contains("failed") && list.stdout.contains("the guest kernel panicked: Kernel panic"), "{list:?}");
         assert_eq!(pod.delete(), 137);
     }
     assert_nothing_left(&before);
@@ -218,6 +219,18 @@ fn a_guest_that_is_never_ready_fails_within_the_time_out() {
     let start = Instant::now();
     assert_refused(&[], &["not ready within 6000 ms", "booting the guest kernel"]);
     assert!(start.elapsed() < Duration::from_secs(40));
+}
+
+fn too_few_open_files_are_one_clear_sentence() {
+    const SHIM: &str = "/usr/bin/containerd-shim-caisson-v2";
+    std::fs::copy(SHIM, "/tmp/shim").unwrap();
+    let limited = |limit: u32| Replaced::with(SHIM, Some(format!("#!/bin/sh\nulimit -n {limit}\nexec /tmp/shim \"$@\"\n").as_bytes()));
+    {
+        let _limited = limited(64);
+        assert_refused(&[], &["the limit of open files is 64", "a pod needs 256", "LimitNOFILE"]);
+    }
+    let _limited = limited(256);
+    assert_eq!(run_pod(&[], &["true"]).code, 0);
 }
 
 fn a_full_run_folder_is_one_clear_sentence() {

@@ -1,5 +1,8 @@
 //! Standard streams: whole, apart, in order, with back-pressure, and terminals.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::Test;
@@ -11,9 +14,11 @@ pub const TESTS: &[Test] = &[
     ("a_flood_of_output_arrives_whole", a_flood_of_output_arrives_whole),
     ("a_flood_of_input_arrives_whole", a_flood_of_input_arrives_whole),
     ("a_slow_reader_gets_everything_after_the_exit", a_slow_reader_gets_everything_after_the_exit),
-    ("a_terminal_has_the_callers_size", a_terminal_has_the_callers_size),
+    ("a_terminal_has_the_callers_size_and_follows_it", a_terminal_has_the_callers_size_and_follows_it),
     ("an_exec_can_have_a_terminal", an_exec_can_have_a_terminal),
+    ("a_task_whose_caller_died_can_be_attached_to_again", a_task_whose_caller_died_can_be_attached_to_again),
     ("a_log_file_uri_gets_the_output", a_log_file_uri_gets_the_output),
+    ("a_logging_program_gets_both_streams", a_logging_program_gets_both_streams),
 ];
 
 fn stdin_ends_when_its_writer_does() {
@@ -56,31 +61,155 @@ fn a_flood_of_input_arrives_whole() {
 
 fn a_slow_reader_gets_everything_after_the_exit() {
     let id = id("slow");
-    // The container is done long before its reader: what is in flight is in pipes and buffers.
-    let got = shell(&format!("ctr run --rm --runtime {RUNTIME} {IMAGE} {id} sh -c 'seq 1 60000' | (sleep 6; md5sum)"));
-    assert_eq!(got, shell("seq 1 60000 | md5sum"));
+    // The container is done long before its reader: what is in flight is in pipes and buffers. It is
+    // as much as ctr's own pipe holds: what more there is ctr drops when the task exits.
+    let got = shell(&format!("ctr run --rm --runtime {RUNTIME} {IMAGE} {id} sh -c 'seq 1 12000' | (sleep 10; md5sum)"));
+    assert_eq!(got, shell("seq 1 12000 | md5sum"));
 }
 
-/// Runs `ctr` on a terminal of 33 rows and 101 columns, types `keys` once the shell is there, and
-/// returns what the terminal showed.
-fn on_terminal(ctr: &str, keys: &str) -> String {
-    let script = format!("/tmp/{}.sh", id("terminal"));
-    std::fs::write(&script, format!("stty rows 33 cols 101; exec ctr {ctr}\n")).unwrap();
-    let typed = format!("(sleep 12; printf '{keys}'; sleep 3; printf 'exit\\n'; sleep 2)");
-    let output = run("bash", &["-c", &format!("{typed} | timeout 60 socat - 'EXEC:bash {script},pty,setsid,ctty'")]);
-    output.stdout
+/// `ctr` on a terminal of its own, 33 rows by 101 columns, typed at and looked at by a test.
+struct Terminal {
+    child: Child,
+    keys: ChildStdin,
+    seen: Arc<Mutex<String>>,
+    grow: String,
 }
 
-fn a_terminal_has_the_callers_size() {
+impl Terminal {
+    fn start(ctr: &str) -> Self {
+        let name = id("/tmp/terminal");
+        let (script, grow) = (format!("{name}.sh"), format!("{name}.grow"));
+        // The terminal grows when the test says so: a change of size is a signal to what runs on it.
+        let watch = format!("(until [ -e {grow} ]; do sleep 0.1; done; stty -F $terminal rows 40 cols 120) &");
+        let text = format!("terminal=$(tty)\nstty rows 33 cols 101\n{watch}\nctr {ctr}\necho ctr ended with $?\n");
+        std::fs::write(&script, text).unwrap();
+        let mut child = Command::new("socat")
+            .args(["-", &format!("EXEC:bash {script},pty,setsid,ctty")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (keys, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let seen = Arc::new(Mutex::new(String::new()));
+        let shown = Arc::clone(&seen);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = screen.read(&mut buffer) {
+                shown.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+        });
+        Self { child, keys, seen, grow }
+    }
+
+    /// Waits until the terminal has shown `text` after what it had shown before.
+    fn wait_for(&self, text: &str) {
+        let start = Instant::now();
+        loop {
+            let mut seen = self.seen.lock().unwrap();
+            if let Some(at) = seen.find(text) {
+                seen.drain(..at + text.len());
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "the terminal shows {:?} and not {text:?}", *seen);
+            drop(seen);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn enter(&mut self, line: &str) {
+        self.keys.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    fn grow(&self) {
+        std::fs::write(&self.grow, "").unwrap();
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn a_terminal_has_the_callers_size_and_follows_it() {
     let id = id("tty");
-    let seen = on_terminal(&format!("run --rm --tty --runtime {RUNTIME} {IMAGE} {id} sh"), "tty; stty size\\n");
-    assert!(seen.contains("/dev/pts/0") && seen.contains("33 101"), "{seen:?}");
+    let mut terminal = Terminal::start(&format!("run --rm --tty --runtime {RUNTIME} {IMAGE} {id} sh"));
+    terminal.wait_for("# ");
+    terminal.enter("tty; stty size");
+    terminal.wait_for("/dev/pts/0");
+    terminal.wait_for("33 101");
+    terminal.wait_for("# ");
+    terminal.enter("while [ \"$(stty size)\" != '40 120' ]; do sleep 0.1; done; echo gr''ew");
+    terminal.grow();
+    terminal.wait_for("grew");
+    terminal.enter("exit 3");
+    terminal.wait_for("ctr ended with 3");
 }
 
 fn an_exec_can_have_a_terminal() {
     let pod = Pod::start("exec-tty", &[], "sleep 1000");
-    let seen = on_terminal(&format!("task exec --tty --exec-id x {} sh", pod.id), "tty; echo $((40+2))\\n");
-    assert!(seen.contains("/dev/pts/") && seen.contains("42"), "{seen:?}");
+    let mut terminal = Terminal::start(&format!("task exec --tty --exec-id x {} sh", pod.id));
+    terminal.wait_for("# ");
+    terminal.enter("tty; echo $((40+2))");
+    terminal.wait_for("/dev/pts/");
+    terminal.wait_for("42");
+    terminal.enter("exit 4");
+    terminal.wait_for("ctr ended with 4");
+}
+
+fn a_task_whose_caller_died_can_be_attached_to_again() {
+    let id = id("attach");
+    let mut caller = Command::new("ctr")
+        .args([
+            "run",
+            "--runtime",
+            RUNTIME,
+            IMAGE,
+            &id,
+            "sh",
+            "-c",
+            "n=0; while read line; do n=$((n+1)); echo $n $line; [ $line = two ] && exit 6; done",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pod = Pod { id };
+    let mut keys = caller.stdin.take().unwrap();
+    let mut screen = BufReader::new(caller.stdout.take().unwrap());
+    keys.write_all(b"one\n").unwrap();
+    let mut line = String::new();
+    screen.read_line(&mut line).unwrap();
+    assert_eq!(line, "1 one\n");
+    caller.kill().unwrap();
+    caller.wait().unwrap();
+    assert_eq!(pod.status().as_deref(), Some("RUNNING"));
+    let output = run_with_input("ctr", &["task", "attach", &pod.id], b"two\n");
+    assert_eq!((output.code, output.stdout.as_str()), (6, "2 two\n"), "{output:?}");
+}
+
+fn a_logging_program_gets_both_streams() {
+    let name = id("/tmp/logger");
+    let program = format!("{name}.sh");
+    std::fs::write(&program, "#!/bin/bash\nexec 5>&-\ncat <&4 > $2.err & cat <&3 > $2.out; wait\n").unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let id = id("binary");
+    let uri = format!("binary://{program}?to={name}");
+    ctr_ok(&["run", "--detach", "--log-uri", &uri, "--runtime", RUNTIME, IMAGE, &id, "sh", "-c", "echo to out; echo to err >&2"]);
+    let pod = Pod { id };
+    pod.wait_for("STOPPED");
+    eventually_contains(&format!("{name}.out"), "to out\n");
+    eventually_contains(&format!("{name}.err"), "to err\n");
+}
+
+/// Waits until a file contains `text`.
+fn eventually_contains(path: &str, text: &str) {
+    let start = Instant::now();
+    while !std::fs::read_to_string(path).is_ok_and(|content| content.contains(text)) {
+        assert!(start.elapsed() < Duration::from_secs(10), "{path}: {:?}", std::fs::read_to_string(path));
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 fn a_log_file_uri_gets_the_output() {
@@ -101,9 +230,6 @@ fn a_log_file_uri_gets_the_output() {
     ]);
     let pod = Pod { id };
     pod.wait_for("STOPPED");
-    let start = Instant::now();
-    while !std::fs::read_to_string(&path).is_ok_and(|text| text.contains("to the file\n") && text.contains("and this\n")) {
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", std::fs::read_to_string(&path));
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    eventually_contains(&path, "to the file\n");
+    eventually_contains(&path, "and this\n");
 }

@@ -4,6 +4,7 @@
 //! what was seen. Tests that disturb the whole node (they restart containerd, or count what is on
 //! the host) run alone, after the others.
 
+mod cri;
 mod ctr;
 mod faults;
 mod host;
@@ -35,7 +36,7 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // One at a time: what a test sees on the node is its own.
     arguments.test_threads = Some(1);
-    let shared = [process::TESTS, io::TESTS, faults::TESTS].concat();
+    let shared = [process::TESTS, io::TESTS, cri::TESTS, faults::TESTS].concat();
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);
