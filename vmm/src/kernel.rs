@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 
 use caisson_protocol::guest::PANIC_LOG_BYTES;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
@@ -12,7 +13,7 @@ use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use crate::devices::{DeviceSlot, MMIO_SIZE};
-use crate::memory::{BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, EBDA_START, GuestMemory, HIGH_RAM_START, Layout, MMIO_END};
+use crate::memory::{BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, EBDA_START, GuestMemory, HIGH_RAM_START, Layout, MMIO_END, populate};
 
 /// `e820_type` of usable and of reserved memory.
 const E820_RAM: u32 = 1;
@@ -22,6 +23,10 @@ const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 /// "undefined" loader.
 const LOADER_TYPE: u8 = 0xff;
+/// Bytes of an ELF header and of a segment's entry, and the type of a segment that is loaded.
+const ELF_HEADER: usize = 64;
+const ELF_SEGMENT: u64 = 56;
+const ELF_LOAD: [u8; 4] = 1u32.to_le_bytes();
 /// The initramfs starts at a page.
 const PAGE: u64 = 4096;
 
@@ -95,6 +100,10 @@ pub fn load(
     initramfs: &mut File,
     command_line: &str,
 ) -> Result<Entry, KernelError> {
+    let initramfs_bytes = initramfs.metadata().map_err(KernelError::ReadInitramfs)?.len();
+    if let Some(end) = end_of(kernel) {
+        populate(memory, layout, end, initramfs_bytes);
+    }
     let loaded = Elf::load(memory, None, kernel, Some(GuestAddress(HIGH_RAM_START))).map_err(KernelError::Kernel)?;
     let (initramfs_start, initramfs_size) = load_initramfs(memory, layout, loaded.kernel_end, initramfs)?;
     if command_line.len() >= COMMAND_LINE_MAX {
@@ -118,6 +127,23 @@ pub fn load(
     params.e820_entries = map.len() as u8;
     memory.write_obj(params, GuestAddress(BOOT_PARAMS))?;
     Ok(Entry { address: loaded.kernel_load })
+}
+
+/// Where an ELF kernel will end in memory; `None` for what is no such file, which loading will say.
+fn end_of(kernel: &File) -> Option<u64> {
+    let mut header = [0; ELF_HEADER];
+    kernel.read_exact_at(&mut header, 0).ok()?;
+    let word = |bytes: &[u8], at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+    let (table, count) = (word(&header, 32)?, u64::from(header[56]));
+    let mut end = None;
+    for index in 0..count {
+        let mut segment = [0; ELF_SEGMENT as usize];
+        kernel.read_exact_at(&mut segment, table.checked_add(index * ELF_SEGMENT)?).ok()?;
+        if segment[..4] == ELF_LOAD {
+            end = end.max(Some(word(&segment, 24)?.checked_add(word(&segment, 40)?)?));
+        }
+    }
+    end
 }
 
 /// Puts the initramfs at the end of low memory, below the panic log.

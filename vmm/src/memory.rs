@@ -8,12 +8,21 @@
 //! 0xd0000000..4 GiB   devices: virtio-mmio, IOAPIC, local APIC
 //! 4 GiB    the rest of memory
 //! ```
+//!
+//! Every page that the guest touches for the first time costs an exit and a fault of the host, so
+//! memory is mapped in huge pages where the host allows it, and what every boot touches is made of
+//! huge pages before it is touched (docs/decisions/006).
+#![expect(unsafe_code, reason = "guest memory is mapped at an address of our choice")]
 
 use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::null_mut;
 use std::sync::Arc;
 
 use caisson_protocol::guest::PANIC_LOG_BYTES;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap};
 
 /// The guest's memory, shared with the virtio-fs server.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -53,11 +62,23 @@ pub enum MemoryError {
     },
     /// The file's size cannot be read.
     #[error("read the size of the guest memory file")]
-    Stat(#[source] std::io::Error),
+    Stat(#[source] io::Error),
     /// The mapping failed.
     #[error("map guest memory")]
-    Map(#[source] vm_memory::mmap::FromRangesError),
+    Map(#[source] io::Error),
 }
+
+/// Size of a huge page.
+const HUGE_PAGE: u64 = 2 << 20;
+/// `MADV_COLLAPSE` of Linux 6.1.
+const MADV_COLLAPSE: i32 = 25;
+/// From here to the kernel's end every boot writes to nearly every page: free memory is given out
+/// from the kernel's image downwards.
+const DENSE_START: u64 = 8 << 20;
+/// What the kernel keeps of each CPU, beside what it keeps of each page.
+const PER_CPU_AREA: u64 = 2 << 20;
+/// Memory that the kernel takes to describe this many bytes, a byte (64 of 4096).
+const BYTES_DESCRIBED: u64 = 64;
 
 /// Where the parts of a guest's memory lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,17 +113,69 @@ pub fn map(file: File, layout: Layout) -> Result<GuestMemory, MemoryError> {
         return Err(MemoryError::Size { actual, expected });
     }
     let file = Arc::new(file);
-    let mut ranges = vec![(GuestAddress(0), layout.low as usize, Some(FileOffset::from_arc(Arc::clone(&file), 0)))];
+    let mut regions = vec![map_region(&file, 0, layout.low, GuestAddress(0))?];
     if layout.high > 0 {
-        ranges.push((GuestAddress(MMIO_END), layout.high as usize, Some(FileOffset::from_arc(file, layout.low))));
+        regions.push(map_region(&file, layout.low, layout.high, GuestAddress(MMIO_END))?);
     }
-    GuestMemory::from_ranges_with_files(ranges).map_err(MemoryError::Map)
+    GuestMemory::from_regions(regions).map_err(|error| MemoryError::Map(io::Error::other(error)))
+}
+
+/// Maps a part of the file where huge pages fit: at a multiple of their size.
+fn map_region(file: &Arc<File>, offset: u64, size: u64, start: GuestAddress) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let (length, prot, flags) = (size as usize, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+    let checked = |address: *mut libc::c_void| if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address) };
+    let map = || -> io::Result<*mut u8> {
+        let reserved = length + HUGE_PAGE as usize;
+        // SAFETY: a new mapping at a place of the kernel's choice takes nothing from anybody.
+        let place = checked(unsafe { libc::mmap(null_mut(), reserved, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) })?;
+        let slack = place.align_offset(HUGE_PAGE as usize);
+        let address = place.wrapping_byte_add(slack);
+        // SAFETY: it replaces a part of what was just reserved, which nobody uses.
+        checked(unsafe { libc::mmap(address, length, prot, flags | libc::MAP_FIXED, file.as_raw_fd(), offset.cast_signed()) })?;
+        // SAFETY: the two ends of the reservation that the mapping left; nobody uses them.
+        unsafe {
+            libc::munmap(place, slack);
+            libc::munmap(address.wrapping_byte_add(length), HUGE_PAGE as usize - slack);
+            // Advice: a host whose settings refuse it serves small pages.
+            libc::madvise(address, length, libc::MADV_HUGEPAGE);
+        }
+        Ok(address.cast())
+    };
+    let address = map().map_err(MemoryError::Map)?;
+    let builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(flags)
+        .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
+    // SAFETY: the mapping was made above for this size, protection and file, and is never unmapped.
+    let region = unsafe { builder.with_raw_mmap_pointer(address) }.build().map_err(|error| MemoryError::Map(io::Error::other(error)))?;
+    GuestRegionMmap::new(region, start).ok_or_else(|| MemoryError::Map(io::ErrorKind::InvalidInput.into()))
+}
+
+/// Makes what every boot touches of huge pages: from below the kernel to its end, and the end of
+/// low memory with the initramfs and what the kernel keeps of pages and CPUs.
+pub fn populate(memory: &GuestMemory, layout: Layout, kernel_end: u64, initramfs: u64) {
+    let kept = (layout.low + layout.high) / BYTES_DESCRIBED + PER_CPU_AREA;
+    let top = layout.low.saturating_sub(initramfs + kept);
+    collapse(memory, DENSE_START, kernel_end.min(layout.low).next_multiple_of(HUGE_PAGE));
+    collapse(memory, top.max(DENSE_START) / HUGE_PAGE * HUGE_PAGE, layout.low);
+}
+
+fn collapse(memory: &GuestMemory, from: u64, to: u64) {
+    let Some(length) = to.checked_sub(from).filter(|length| *length > 0) else { return };
+    let Ok(address) = memory.get_slice(GuestAddress(from), length as usize).map(|slice| slice.ptr_guard_mut().as_ptr()) else { return };
+    for page in (from..to).step_by(HUGE_PAGE as usize) {
+        // The kernel makes no huge page of nothing: each needs one small page to begin with.
+        let kept = memory.read_obj::<u8>(GuestAddress(page)).unwrap_or_default();
+        let _ = memory.write_obj(kept, GuestAddress(page));
+    }
+    // SAFETY: the slice is guest memory, which stays mapped; its content stays what it is. A kernel
+    // that does not know the advice, or has no huge page left, refuses it, and pages come one by one.
+    unsafe { libc::madvise(address.cast(), length as usize, MADV_COLLAPSE) };
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::GuestMemory as _;
 
     #[test]
     fn memory_goes_around_the_device_hole() {
@@ -116,6 +189,21 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         let error = map(file, Layout::new(64)).unwrap_err();
         assert_eq!(error.to_string(), "guest memory file has 1048576 bytes instead of 67108864");
+    }
+
+    #[test]
+    fn memory_lies_where_huge_pages_fit_and_keeps_its_content() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        file.set_len(64 << 20).unwrap();
+        let memory = map(file.try_clone().unwrap(), Layout::new(64)).unwrap();
+        let address = memory.get_host_address(GuestAddress(0)).unwrap();
+        assert_eq!(address as u64 % HUGE_PAGE, 0);
+        memory.write_obj(42u8, GuestAddress(20 << 20)).unwrap();
+        populate(&memory, Layout::new(64), 30 << 20, 4 << 20);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(20 << 20)).unwrap(), 42);
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 20 << 20).unwrap();
+        assert_eq!(byte, [42]);
     }
 
     #[test]
