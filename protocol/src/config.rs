@@ -15,6 +15,7 @@ use std::path::PathBuf;
 pub use self::keys::{KEYS, Key};
 use self::keys::{Value, find, quoted};
 use crate::fs::CachePolicy;
+use crate::vmm::{MEMORY_MIB, VCPUS};
 
 /// Where the configuration lies; drop-ins are `/etc/caisson/config.toml.d/*.toml` in sorted order.
 pub const PATH: &str = "/etc/caisson/config.toml";
@@ -47,6 +48,12 @@ pub struct Config {
     pub vcpus: u32,
     /// Memory of a pod in MiB.
     pub memory_mib: u64,
+    /// Memory of the machine beyond its containers' limit, in MiB.
+    pub overhead_mib: u64,
+    /// The most memory that a pod's limits size its machine to, in MiB.
+    pub max_memory_mib: u64,
+    /// The most vCPUs that a pod's limits size its machine to.
+    pub max_vcpus: u32,
     /// The VMM's program.
     pub vmm_path: PathBuf,
     /// First user id for VMMs.
@@ -85,6 +92,9 @@ impl Default for Config {
             initramfs_path: "/usr/share/caisson/initramfs".into(),
             vcpus: 1,
             memory_mib: 256,
+            overhead_mib: 96,
+            max_memory_mib: 65_536,
+            max_vcpus: 32,
             vmm_path: "/usr/libexec/caisson/caisson-vmm".into(),
             uid_base: 1_500_000_000,
             uid_count: 65_536,
@@ -211,6 +221,20 @@ impl Config {
         })
     }
 
+    /// Sizes the machine for what a pod may use: `memory` in bytes and `cpus` in thousandths, each
+    /// `None` when the pod has no such limit, which leaves the configured size.
+    pub fn size_for(&mut self, memory: Option<u64>, cpus: Option<u64>) {
+        if let Some(bytes) = memory {
+            // A page table covers 2 MiB: an odd MiB would be small pages at the end.
+            let wanted = bytes.div_ceil(1 << 20).saturating_add(self.overhead_mib).next_multiple_of(2);
+            self.memory_mib = wanted.clamp(*MEMORY_MIB.start(), self.max_memory_mib);
+        }
+        if let Some(thousandths) = cpus {
+            let wanted = u32::try_from(thousandths.div_ceil(1000)).unwrap_or(u32::MAX);
+            self.vcpus = wanted.clamp(*VCPUS.start(), self.max_vcpus);
+        }
+    }
+
     /// The effective configuration as a commented TOML file.
     pub fn to_toml(&self) -> String {
         let mut out = String::new();
@@ -248,6 +272,20 @@ mod tests {
     fn what_is_printed_reads_back_the_same() {
         let printed = Config::default().to_toml();
         assert_eq!(config(&printed).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn limits_size_the_machine_within_bounds() {
+        let sized = |memory, cpus| {
+            let mut config = Config { max_memory_mib: 8192, max_vcpus: 8, ..Config::default() };
+            config.size_for(memory, cpus);
+            (config.memory_mib, config.vcpus)
+        };
+        assert_eq!(sized(None, None), (256, 1));
+        assert_eq!(sized(Some(512 << 20), Some(1500)), (608, 2));
+        assert_eq!(sized(Some((512 << 20) + 1), Some(1)), (610, 1));
+        assert_eq!(sized(Some(u64::MAX), Some(u64::MAX)), (8192, 8));
+        assert_eq!(sized(Some(0), Some(0)), (96, 1));
     }
 
     #[test]

@@ -125,6 +125,8 @@ impl Pod {
     /// Boots the machine, with everything on record.
     async fn boot(&self, spec: &Spec, bundle: &str) -> Result<Arc<Running>> {
         let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
+        let (memory, cpus) = spec.pod_limits();
+        config.size_for(memory, cpus);
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()

@@ -14,6 +14,8 @@ use crate::errors::{self, Error};
 
 /// A larger specification does not fit into a message to the agent (ttrpc: 4 MiB).
 const MAX_BYTES: u64 = 3 << 20;
+/// `cpu.period` when a quota comes without one, in microseconds.
+const DEFAULT_PERIOD: u64 = 100_000;
 
 /// A folder or file of the host that a container gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +93,23 @@ impl Spec {
             }
         }
         Kind::Single
+    }
+
+    /// What the pod may use: memory in bytes, CPU in thousandths; `None` where it has no limit.
+    ///
+    /// For a pod of several containers these are annotations of its sandbox, which containerd
+    /// writes from what kubelet adds up; a container of its own has its own limits.
+    pub fn pod_limits(&self) -> (Option<u64>, Option<u64>) {
+        let annotation = |name: &str| self.0["annotations"][format!("io.kubernetes.cri.sandbox-{name}")].as_str()?.parse::<i64>().ok();
+        let resources = &self.0["linux"]["resources"];
+        let (memory, quota, period) = if self.kind() == Kind::Single {
+            (resources["memory"]["limit"].as_i64(), resources["cpu"]["quota"].as_i64(), resources["cpu"]["period"].as_i64())
+        } else {
+            (annotation("memory"), annotation("cpu-quota"), annotation("cpu-period"))
+        };
+        let positive = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
+        let cpus = positive(quota).map(|quota| quota.saturating_mul(1000) / positive(period).unwrap_or(DEFAULT_PERIOD));
+        (positive(memory), cpus)
     }
 
     /// Size of the shared memory that the pod's containers are to have, in bytes; 0 when the
@@ -312,6 +331,19 @@ mod tests {
         }));
         let (guest, binds) = for_guest(&spec, HostNamespaces::Pod).unwrap();
         assert_eq!((&guest["mounts"][0]["source"], binds.len()), (&json!("/dev/shm"), 0));
+    }
+
+    #[test]
+    fn a_pods_limits_are_its_sandboxs_annotations_or_the_containers_own() {
+        let kube = |memory: &str| {
+            json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-memory": memory,
+                "io.kubernetes.cri.sandbox-cpu-quota": "150000", "io.kubernetes.cri.sandbox-cpu-period": "100000"}})
+        };
+        assert_eq!(spec(kube("1048576")).pod_limits(), (Some(1 << 20), Some(1500)));
+        assert_eq!(spec(kube("0")).pod_limits(), (None, Some(1500)));
+        let single = json!({"linux": {"resources": {"memory": {"limit": 2097152}, "cpu": {"quota": -1, "period": 100000}}}});
+        assert_eq!(spec(single).pod_limits(), (Some(2 << 20), None));
+        assert_eq!(spec(json!({})).pod_limits(), (None, None));
     }
 
     #[test]

@@ -29,6 +29,7 @@ pub const TESTS: &[Test] = &[
     ("a_security_context_is_enforced", a_security_context_is_enforced),
     ("seccomp_holds_in_the_container_and_its_execs", seccomp_holds_in_the_container_and_its_execs),
     ("container_limits_are_set_changed_and_reported", container_limits_are_set_changed_and_reported),
+    ("a_pods_limits_size_its_machine", a_pods_limits_size_its_machine),
     ("the_hosts_namespaces_are_refused_in_one_sentence", the_hosts_namespaces_are_refused_in_one_sentence),
     ("a_log_has_the_format_of_the_cri", a_log_has_the_format_of_the_cri),
 ];
@@ -336,6 +337,21 @@ fn container_limits_are_set_changed_and_reported() {
     assert!(stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
     let memory = stats.memory.unwrap();
     assert!(memory.working_set_bytes.unwrap().value > 0 && memory.usage_bytes.unwrap().value < 96 << 20);
+}
+
+fn a_pods_limits_size_its_machine() {
+    let limits = LinuxContainerResources {
+        memory_limit_in_bytes: 400 << 20,
+        cpu_quota: 150_000,
+        cpu_period: 100_000,
+        ..LinuxContainerResources::default()
+    };
+    let mut pod = Pod::start(|config| config.linux.as_mut().unwrap().resources = Some(limits));
+    let container = pod.run("sized", SLEEP, |_| ());
+    let seen = pod.output(&container, "nproc; awk '/MemTotal/ {print $2}' /proc/meminfo");
+    let numbers: Vec<u64> = seen.lines().map(|line| line.parse().unwrap()).collect();
+    assert_eq!(numbers[0], 2);
+    assert!((400 << 10..496 << 10).contains(&numbers[1]), "{seen}");
 }
 
 fn the_hosts_namespaces_are_refused_in_one_sentence() {

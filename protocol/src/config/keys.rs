@@ -123,6 +123,27 @@ pub const KEYS: &[Key] = &[
         |c, v| c.memory_mib = integer(&v, MEMORY_MIB.start().cast_signed(), MEMORY_MIB.end().cast_signed())?,
         |c| c.memory_mib.to_string()
     ),
+    key!(
+        "vm.overhead_mib",
+        "memory in MiB that a machine has beyond the limit of its pod, when the pod has one",
+        "32 to 65536",
+        |c, v| c.overhead_mib = integer(&v, 32, 65_536)?,
+        |c| c.overhead_mib.to_string()
+    ),
+    key!(
+        "vm.max_memory_mib",
+        "the most memory in MiB that a pod's limits size its machine to",
+        "64 to 1048576",
+        |c, v| c.max_memory_mib = integer(&v, MEMORY_MIB.start().cast_signed(), MEMORY_MIB.end().cast_signed())?,
+        |c| c.max_memory_mib.to_string()
+    ),
+    key!(
+        "vm.max_vcpus",
+        "the most vCPUs that a pod's limits size its machine to",
+        "1 to 32",
+        |c, v| c.max_vcpus = integer(&v, i64::from(*VCPUS.start()), i64::from(*VCPUS.end()))?,
+        |c| c.max_vcpus.to_string()
+    ),
     key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(
         c.vmm_path.display()
     )),
@@ -140,7 +161,6 @@ pub const KEYS: &[Key] = &[
         |c, v| c.uid_count = integer(&v, 1, 900_000)?,
         |c| c.uid_count.to_string()
     ),
-    key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
     key!(
         "pod.host_namespaces",
         "what becomes of a container that asks for the host's network, process ids or IPC: refused, or given the pod's own",
@@ -155,6 +175,7 @@ pub const KEYS: &[Key] = &[
             HostNamespaces::Pod => "pod",
         })
     ),
+    key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
     key!(
         "fs.cache",
         "what the guest may cache of files",
