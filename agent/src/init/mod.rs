@@ -139,7 +139,8 @@ fn create(id: &str, agent: &Agent) -> Result<()> {
         Ok(())
     })?;
     in_child(agent, || {
-        let console = rootfs::enter(&spec)?.then(terminal::open).transpose()?;
+        rootfs::enter(&spec)?;
+        let console = wanted_terminal(process)?;
         if let Some(console) = &console {
             rootfs::add_console(console)?;
         }
@@ -157,9 +158,13 @@ fn execute(id: &str, exec: &str, target: Pid, agent: &Agent) -> Result<()> {
     identity::set_limits(&process)?;
     namespaces::join(&spec, target)?;
     in_child(agent, || {
-        let console = process.terminal().unwrap_or_default().then(terminal::open).transpose()?;
+        let console = wanted_terminal(&process)?;
         finish(id, &process, &spec, console, agent)
     })
+}
+
+fn wanted_terminal(process: &Process) -> Result<Option<terminal::Terminal>> {
+    process.terminal().unwrap_or_default().then(terminal::open).transpose()
 }
 
 fn read_spec(id: &str) -> Result<Spec> {

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknod};
 use nix::unistd::{chdir, fchdir, pivot_root};
@@ -32,11 +32,11 @@ const LINKS: &[(&str, &str)] = &[
 ];
 const ANYONE: u32 = 0o666;
 
-/// Enters the container's root and fills it; returns whether the process wants a terminal.
+/// Enters the container's root and fills it.
 ///
 /// # Errors
 /// What could not be mounted, made or written, and why.
-pub fn enter(spec: &Spec) -> Result<bool> {
+pub fn enter(spec: &Spec) -> Result<()> {
     let root = spec.root().as_ref().context("the specification has no root")?.path();
     let linux = spec.linux().as_ref().context("the specification has no linux section")?;
     // Nothing that happens here reaches the agent's mounts; what the agent mounts later comes here.
@@ -63,8 +63,7 @@ pub fn enter(spec: &Spec) -> Result<bool> {
     // A working folder that the image lacks is made, as other runtimes do; a root that cannot be
     // written says what is wrong when the folder is entered.
     let _ = std::fs::create_dir_all(Path::new("/").join(process.cwd()));
-    leave(old_root)?;
-    Ok(process.terminal().unwrap_or_default())
+    leave(old_root)
 }
 
 /// Detaches the old root: only the container's own mounts remain.
@@ -225,7 +224,7 @@ fn set_sysctl(name: &str, value: &str) -> Result<()> {
 
 /// Binds a path over itself, read-only. What is not there needs no lock.
 fn make_read_only(path: &Path) -> Result<()> {
-    match sys::open_tree(old_root_here()?, path, true) {
+    match sys::open_tree(AT_FDCWD, path, true) {
         Ok(tree) => {
             sys::set_mount_attributes(&tree, Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 }, true)?;
             Ok(sys::move_mount(&tree, path)?)
@@ -233,11 +232,6 @@ fn make_read_only(path: &Path) -> Result<()> {
         Err(error) if is_absent(&error) => Ok(()),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Absolute paths ignore the folder that they are looked up from.
-fn old_root_here() -> Result<OwnedFd> {
-    Ok(open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?)
 }
 
 /// Hides a folder behind an empty one and a file behind /dev/null.

@@ -7,7 +7,7 @@ control=/dev/port-control out=/dev/port-out err=/dev/port-err
 
 fail() {
 	echo "node: $*" >/dev/console
-	[ -c $control ] && echo "FAIL $*" >$control
+	{ echo "FAIL $*" >&3; } 2>/dev/null
 	sync
 	echo o >/proc/sysrq-trigger
 	sleep 60
@@ -41,16 +41,17 @@ while [ ! -c $control ]; do
 	n=$((n + 1)); [ $n -lt 100 ] || fail "no virtio console port"
 	sleep 0.1
 done
-exec </dev/null >/dev/console 2>&1
+# Open from here to the end: what the host sends while a port is closed is lost.
+exec 3<>$control </dev/null >/dev/console 2>&1
 
 # containerd's state must not lie on the overlay that the root is: overlay is no upper of overlay.
 mount -t tmpfs -o size=80% state /var/lib/containerd
 mkdir -p /etc/containerd
-/usr/lib/node/containerd.sh || fail "containerd did not start; see the node's console log"
+/usr/lib/node/containerd.sh 3>&- || fail "containerd did not start; see the node's console log"
 
-echo READY >$control
+echo READY >&3
 # Without a host at the other end the port reads as ended.
-until read -r verb epoch rest <$control && [ "$verb" = GO ]; do sleep 0.05; done
+until read -r -u 3 verb epoch rest && [ "$verb" = GO ]; do sleep 0.05; done
 date -s "@$epoch" >/dev/null
 mkdir -p /caisson /node /share
 for tag in caisson node share; do
@@ -59,9 +60,9 @@ done
 cp -a /caisson/. / || fail "install Caisson"
 cd /root
 # A process group of its own, so that what the command leaves behind does not hold the node.
-setsid sh /node/command >$out 2>$err
+setsid sh /node/command >$out 2>$err 3>&-
 code=$?
-echo "EXIT $code" >$control
+echo "EXIT $code" >&3
 sync
 echo o >/proc/sysrq-trigger
 sleep 60
