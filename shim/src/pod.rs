@@ -263,6 +263,7 @@ impl Pod {
         if !process.status().can_start() {
             return Err(Error::Precondition(format!("{}: it was started before", describe(id, exec))));
         }
+        process.keep_input();
         if let Err(error) = machine.sandbox.agent.start(id, exec).await {
             if !exec.is_empty() {
                 process.close_streams(&machine.sandbox).await;

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::agent::Exit;
 use crate::errors::{Error, Result};
 use crate::sandbox::Sandbox;
-use crate::stdio::{Opened, Paths};
+use crate::stdio::{self, Opened, Paths};
 use crate::vmm::StreamState;
 
 /// Where a process is in its life.
@@ -49,6 +49,7 @@ struct Output {
 struct State {
     status: Status,
     keepers: Vec<OwnedFd>,
+    input: Option<OwnedFd>,
     input_keeper: Option<OwnedFd>,
 }
 
@@ -86,7 +87,7 @@ impl Process {
         Ok(Arc::new(Self {
             exec: exec.to_owned(),
             paths,
-            state: Mutex::new(State { status: Status::Created, keepers: opened.keepers, input_keeper: opened.input_keeper }),
+            state: Mutex::new(State { status: Status::Created, keepers: opened.keepers, input: opened.input, input_keeper: None }),
             exit: watch::Sender::new(None),
             input,
             outputs,
@@ -102,6 +103,15 @@ impl Process {
     /// Where it is in its life.
     pub fn status(&self) -> Status {
         self.state().status
+    }
+
+    /// Keeps standard input open from now on; to be called before the process is started.
+    pub fn keep_input(&self) {
+        let mut state = self.state();
+        // Closed before the start: nothing is to be kept.
+        if let Some(input) = state.input.take() {
+            state.input_keeper = stdio::keep_input(&self.paths.stdin, &input);
+        }
     }
 
     /// Marks it started, unless it has exited meanwhile.
@@ -138,7 +148,10 @@ impl Process {
 
     /// Ends standard input once what the FIFO holds has been sent.
     pub async fn close_input(&self, sandbox: &Sandbox) {
-        self.state().input_keeper = None;
+        {
+            let mut state = self.state();
+            (state.input, state.input_keeper) = (None, None);
+        }
         if let Some(port) = self.input {
             sandbox.vmm.close_source(port).await;
         }
@@ -188,7 +201,7 @@ impl Process {
         {
             let mut state = self.state();
             state.keepers.clear();
-            state.input_keeper = None;
+            (state.input, state.input_keeper) = (None, None);
         }
         for port in &self.all_ports {
             sandbox.vmm.withdraw(*port).await;

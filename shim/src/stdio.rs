@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -42,9 +42,8 @@ pub struct Opened {
     pub offers: Vec<(Offer, Vec<OwnedFd>)>,
     /// Reading ends that keep output FIFOs open.
     pub keepers: Vec<OwnedFd>,
-    /// A writing end that keeps standard input open: it ends by CloseIO, not with the caller that
-    /// happens to be attached.
-    pub input_keeper: Option<OwnedFd>,
+    /// A reading end of standard input, to see whether somebody writes to it.
+    pub input: Option<OwnedFd>,
 }
 
 /// Opens the streams of a process, with ports from `next_port`.
@@ -52,18 +51,14 @@ pub struct Opened {
 /// # Errors
 /// Which stream could not be opened, and why.
 pub fn open(paths: &Paths, container: &str, namespace: &str, mut next_port: impl FnMut() -> u32) -> Result<Opened> {
-    let mut opened = Opened {
-        ports: Ports { terminal: paths.terminal, ..Ports::default() },
-        offers: Vec::new(),
-        keepers: Vec::new(),
-        input_keeper: None,
-    };
+    let mut opened =
+        Opened { ports: Ports { terminal: paths.terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new(), input: None };
     let source = if paths.stdin.is_empty() {
         None
     } else {
         let what = || format!("open standard input {}", paths.stdin);
         let source = open_source(&paths.stdin).with_context(what)?;
-        opened.input_keeper = Some(open_writer(&paths.stdin).with_context(what)?);
+        opened.input = Some(source.try_clone().with_context(what)?);
         Some(source)
     };
     let (stdout, stderr) = open_sinks(paths, container, namespace, &mut opened.keepers)?;
@@ -106,6 +101,17 @@ impl Opened {
 /// Opens for reading without waiting for a writer.
 fn open_source(path: &str) -> Result<OwnedFd> {
     Ok(std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?.into())
+}
+
+/// A writing end that keeps standard input open from the start of a process on: it ends by CloseIO,
+/// not with the caller that happens to be attached. `None` when the only writer has gone already,
+/// which says CloseIO before it could be heard (as `ctr` with a short input).
+pub fn keep_input(path: &str, input: &OwnedFd) -> Option<OwnedFd> {
+    let mut fds = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+    let polled = poll(&mut fds, PollTimeout::ZERO);
+    let ended = polled.is_err() || fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP));
+    // Without it standard input ends with its writer, which is no reason to fail.
+    if ended { None } else { open_writer(path).ok() }
 }
 
 /// Opens for writing what somebody reads already.
@@ -202,7 +208,7 @@ fn start_logger(uri: &str, container: &str, namespace: &str) -> Result<(OwnedFd,
     }
     let mut child = command.spawn()?;
     drop(ready_writer);
-    let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&ready), PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
     if poll(&mut fds, PollTimeout::try_from(LOGGER_TIMEOUT).unwrap_or(PollTimeout::MAX))? == 0 {
         let _ = child.kill();
         bail!("it was not ready within {} s", LOGGER_TIMEOUT.as_secs());
@@ -237,6 +243,21 @@ mod tests {
         .unwrap();
         assert_eq!((opened.ports.stdin, opened.ports.stdout, opened.ports.stderr), (11, 12, 0));
         assert_eq!((opened.input_port(), opened.output_ports()), (Some(11), vec![12]));
+    }
+
+    #[test]
+    fn input_is_kept_open_for_a_writer_that_is_there_or_may_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "in");
+        let reader = open_source(&path).unwrap();
+        assert!(keep_input(&path, &reader).is_some());
+        drop(reader);
+        let reader = open_source(&path).unwrap();
+        let mut writer = File::options().write(true).open(&path).unwrap();
+        writer.write_all(b"short").unwrap();
+        assert!(keep_input(&path, &reader).is_some());
+        drop(writer);
+        assert!(keep_input(&path, &reader).is_none());
     }
 
     #[test]
