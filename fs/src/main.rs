@@ -13,11 +13,12 @@ mod filter;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use caisson_host::control::Control;
-use caisson_host::jail::{Jail, Side, raise_descriptor_limit};
+use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::fs::{CachePolicy, Event, FsConfig};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
@@ -35,11 +36,19 @@ fn main() {
         eprintln!("caisson-fs is started by containerd-shim-caisson-v2, not by hand");
         std::process::exit(2);
     };
+    let control = Arc::new(control);
+    let witness = Arc::clone(&control);
+    jail::on_panic(move |reason| fail(&witness, reason));
     if let Err(error) = run(&control) {
-        // The shim reports it; when the shim is gone there is nobody left to tell.
-        let _ = control.send(&Event::Failed(format!("{error:#}")), &[], true);
-        std::process::exit(1);
+        fail(&control, format!("{error:#}"));
     }
+}
+
+/// Tells the shim why the server ends, and ends it.
+fn fail(control: &Control, reason: String) -> ! {
+    // When the shim is gone there is nobody left to tell.
+    let _ = control.send(&Event::Failed(reason), &[], true);
+    std::process::exit(1);
 }
 
 fn run(control: &Control) -> Result<()> {
@@ -106,7 +115,7 @@ fn serve(socket: OwnedFd, config: passthrough::Config, threads: usize) -> Result
         .build(fs)
         .map_err(|error| anyhow::anyhow!("create the virtio-fs device: {error}"))?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), std::sync::Arc::new(backend), memory)
+    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), Arc::new(backend), memory)
         .map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;
     // SAFETY: the descriptor is ours and given up here; Listener owns it from now on.
     let mut listener = unsafe { Listener::from_raw_fd(socket.into_raw_fd()) };

@@ -12,7 +12,7 @@ use caisson_host::control::{self, Control};
 use caisson_protocol::fs::{self, FsConfig};
 use caisson_protocol::vmm::{BootConfig, Event, Offer, Request, Stopped};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -87,11 +87,17 @@ impl Jailed {
         let _ = kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL);
     }
 
-    /// Collects the process once it has ended, so that no zombie stays.
-    async fn collect(&self) {
+    /// Collects the process, so that no zombie stays, and says how it ended. It is killed first: one
+    /// that has ended by itself keeps its own status.
+    async fn collect(&self) -> String {
         let pid = Pid::from_raw(self.pid.cast_signed());
         self.kill();
-        let _ = tokio::task::spawn_blocking(move || waitpid(pid, None)).await;
+        match tokio::task::spawn_blocking(move || waitpid(pid, None)).await {
+            Ok(Ok(WaitStatus::Signaled(_, signal, _))) => format!("was killed by {signal}"),
+            Ok(Ok(WaitStatus::Exited(_, code))) => format!("ended with code {code}"),
+            // Collected already, by whoever waits for any child.
+            _ => "was killed".into(),
+        }
     }
 }
 
@@ -181,11 +187,11 @@ impl Vmm {
                 }
             }
         }
-        self.process.collect().await;
+        let ended = self.process.collect().await;
         for (_, stream) in self.streams().drain() {
             stream.send_replace(StreamState::Closed);
         }
-        self.end(reason.unwrap_or_else(|| "the virtual machine monitor was killed".into()));
+        self.end(reason.unwrap_or_else(|| format!("the virtual machine monitor {ended}")));
     }
 
     /// Records why the machine ended; the first reason counts.
@@ -278,12 +284,13 @@ pub async fn start_fs<F: Future<Output = ()> + Send>(
     server.send(config, &[socket.as_fd()]).await.context("configure the virtio-fs server")?;
     let watched = Arc::clone(&server);
     tokio::spawn(async move {
-        let reason = match watched.receive::<fs::Event>().await {
-            Ok(Some((fs::Event::Failed(reason), _))) => format!("the virtio-fs server failed: {reason}"),
-            _ => "the virtio-fs server was killed".to_owned(),
+        let failure = match watched.receive::<fs::Event>().await {
+            Ok(Some((fs::Event::Failed(reason), _))) => Some(reason),
+            _ => None,
         };
-        on_end(reason).await;
-        watched.collect().await;
+        let ended = watched.collect().await;
+        on_end(failure.map_or_else(|| format!("the virtio-fs server {ended}"), |reason| format!("the virtio-fs server failed: {reason}")))
+            .await;
     });
     Ok(server)
 }

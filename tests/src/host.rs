@@ -46,6 +46,21 @@ pub fn shim_log() -> String {
     lines[lines.len().saturating_sub(6)..].join("\n")
 }
 
+/// What the node's kernel said since `since`, in seconds after its start: a killed process, an oops.
+pub fn kernel_log(since: f64) -> String {
+    let output = std::process::Command::new("dmesg").output().map(|output| output.stdout).unwrap_or_default();
+    let time = |line: &str| line.strip_prefix('[')?.split(']').next()?.trim().parse::<f64>().ok();
+    let text = String::from_utf8_lossy(&output);
+    let lines: Vec<&str> = text.lines().filter(|line| time(line).is_some_and(|time| time >= since)).collect();
+    lines[lines.len().saturating_sub(40)..].join("\n")
+}
+
+/// Seconds since the node's start.
+pub fn uptime() -> f64 {
+    let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    text.split(' ').next().and_then(|text| text.parse().ok()).unwrap_or(0.0)
+}
+
 fn walk(dir: &Path, items: &mut BTreeSet<String>, files: bool) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();

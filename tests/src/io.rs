@@ -87,6 +87,8 @@ impl Terminal {
             .args(["-", &format!("EXEC:bash {script},pty,setsid,ctty")])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // It complains of the terminal that a test does not have.
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let (keys, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());

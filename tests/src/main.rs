@@ -21,11 +21,17 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
         .iter()
         .map(|&(name, test)| {
             Trial::test(name, move || {
+                let start = host::uptime();
                 // A panic's message is the failure's; libtest-mimic catches it as well, but would print a backtrace.
                 std::panic::catch_unwind(test).map_err(|panic| {
                     let text =
                         panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-                    Failed::from(format!("{}\n{}", text.unwrap_or_else(|| "panicked".into()), host::shim_log()))
+                    Failed::from(format!(
+                        "{}\n{}\n{}",
+                        text.unwrap_or_else(|| "panicked".into()),
+                        host::shim_log(),
+                        host::kernel_log(start)
+                    ))
                 })
             })
         })

@@ -62,3 +62,50 @@ pub fn vcpu() -> Result<(), SeccompError> {
 pub fn io() -> Result<(), SeccompError> {
     install("the device thread", &[RUNTIME, IO])
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    const CHILD: &str = "CAISSON_TEST_FILTERED";
+
+    /// Runs a test's body in a process of its own, as a filter's answer to what it forbids is the
+    /// process's end; says whether the process lived.
+    fn survives(name: &str, body: fn()) -> bool {
+        if std::env::var_os(CHILD).is_some() {
+            body();
+            std::process::exit(0);
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child
+            .args(["--exact", &format!("filters::tests::{name}"), "--test-threads=1"])
+            .env(CHILD, "1")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        child.status().unwrap().success()
+    }
+
+    #[test]
+    fn a_filtered_thread_gives_much_memory_back() {
+        assert!(survives("a_filtered_thread_gives_much_memory_back", || {
+            crate::use_one_heap();
+            let thread = std::thread::spawn(|| {
+                super::io().unwrap();
+                for _ in 0..4 {
+                    // Below the size at which the C library maps each piece by itself.
+                    let pieces: Vec<Vec<u8>> = (0..1024).map(|_| vec![1; 64 << 10]).collect();
+                    drop(pieces);
+                }
+            });
+            thread.join().unwrap();
+        }));
+    }
+
+    #[test]
+    fn a_filtered_thread_cannot_open_a_file() {
+        assert!(!survives("a_filtered_thread_cannot_open_a_file", || {
+            super::control().unwrap();
+            let _ = std::fs::File::open("/");
+        }));
+    }
+}

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control::Control;
-use caisson_host::jail::{Jail, Side, raise_descriptor_limit};
+use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
 
 use crate::devices::io_thread::Command;
@@ -38,6 +38,10 @@ fn main() {
         std::process::exit(2);
     };
     let control = Arc::new(control);
+    let witness = Arc::clone(&control);
+    jail::on_panic(move |reason| {
+        machine::stop(&witness, Stopped::Failed(format!("the virtual machine monitor {reason}")));
+    });
     if let Err(error) = run(&control) {
         // The shim reports it; when the shim is gone there is nobody left to tell.
         let _ = control.send(&Event::Stopped(Stopped::Failed(format!("{error:#}"))), &[], true);
@@ -54,6 +58,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
         }
         Side::Inside(inside) => inside.enter()?,
     }
+    use_one_heap();
     raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
     let Some((Request::Boot(config), fds)) = control.receive(true).context("receive the boot request")? else {
         bail!("the shim closed the control socket before the boot request");
@@ -64,6 +69,14 @@ fn run(control: &Arc<Control>) -> Result<()> {
     control.send(&Event::Running, &[], true).context("report that the vCPUs run")?;
     filters::control()?;
     serve(control, &running.commands)
+}
+
+/// Has every thread allocate from the process's one heap: the C library opens a file before it
+/// gives memory of a thread's own heap back (`overcommit_memory`), and the filters let nobody open.
+#[expect(unsafe_code, reason = "mallopt has no safe wrapper")]
+fn use_one_heap() {
+    // SAFETY: takes two numbers, and no other thread runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Names the descriptors that came with the boot request, in the order that [`Request::Boot`] states.

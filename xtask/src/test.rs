@@ -103,15 +103,23 @@ const NODE_ATTEMPTS: u32 = 4;
 /// Runs the tests' program; what it prints is kept outside of the node as it comes.
 const NODE_SCRIPT: &str = "/share/node-tests \"$@\" > >(tee /share/output) 2>&1; code=$?; sleep 0.2; exit $code";
 
-/// The tests that a run finished, with their results.
+/// The tests that a run finished, with their results. What a test prints itself stands between its
+/// name and its result.
 fn results(output: &str) -> Vec<(String, bool)> {
-    output
-        .lines()
-        .filter_map(|line| {
-            let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
-            Some((name.trim().to_owned(), result.trim() == "ok"))
-        })
-        .collect()
+    let mut results = Vec::new();
+    let mut running = None;
+    for line in output.lines() {
+        let mut rest = line;
+        if let Some((name, after)) = line.strip_prefix("test ").and_then(|line| line.split_once(" ... ")) {
+            (running, rest) = (Some(name.trim().to_owned()), after);
+        }
+        if matches!(rest.trim(), "ok" | "FAILED")
+            && let Some(name) = running.take()
+        {
+            results.push((name, rest.trim() == "ok"));
+        }
+    }
+    results
 }
 
 #[cfg(test)]
@@ -120,8 +128,9 @@ mod tests {
 
     #[test]
     fn finished_tests_are_found_in_the_output_of_a_run_that_broke_off() {
-        let output = "running 3 tests\ntest a_works      ... ok\ntest b_works ... FAILED\ntest c_wor";
-        assert_eq!(results(output), [("a_works".to_owned(), true), ("b_works".to_owned(), false)]);
+        let output = "running 4 tests\ntest a_works      ... ok\ntest b_works ... thread panicked\nat x\nFAILED\ntest c_works ... noise\nok\ntest d_wor";
+        let expected = [("a_works", true), ("b_works", false), ("c_works", true)];
+        assert_eq!(results(output), expected.map(|(name, passed)| (name.to_owned(), passed)));
     }
 
     #[test]
