@@ -64,7 +64,8 @@ impl Cri {
     ) -> Result<T, Status> {
         let Self { runtime, client } = self;
         let answer = runtime.block_on(async { tokio::time::timeout(CALL_LIMIT, call(client)).await });
-        answer.expect("containerd answers in time").map(Response::into_inner)
+        let late = |_| Err(Status::deadline_exceeded(format!("containerd did not answer within {CALL_LIMIT:?}")));
+        answer.unwrap_or_else(late).map(Response::into_inner)
     }
 }
 

@@ -46,8 +46,11 @@ pub fn shim_log() -> String {
     lines[lines.len().saturating_sub(6)..].join("\n")
 }
 
-/// What the node's kernel said since `since`, in seconds after its start: a killed process, an oops.
+/// What the node's kernel said since `since`, in seconds after its start, as of a killed process or
+/// an oops, and which of its tasks are stuck.
 pub fn kernel_log(since: f64) -> String {
+    // Lists the tasks that wait without being interruptible (Documentation/admin-guide/sysrq.rst).
+    let _ = std::fs::write("/proc/sysrq-trigger", "w");
     let output = std::process::Command::new("dmesg").output().map(|output| output.stdout).unwrap_or_default();
     let time = |line: &str| line.strip_prefix('[')?.split(']').next()?.trim().parse::<f64>().ok();
     let text = String::from_utf8_lossy(&output);
