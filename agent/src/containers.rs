@@ -185,10 +185,10 @@ impl Containers {
 
     async fn make_exec(&self, container: &str, exec: &str, process: &mut Process) -> Result<Starter, Error> {
         let init = self.find(container, "")?;
-        let init = init.lock().await;
-        let Some(target) = init.pid.filter(|_| matches!(init.phase, Phase::Running) && init.exited().is_none()) else {
-            return Err(Error::Precondition(format!("{}: is not running", name(container, ""))));
-        };
+        let running = |init: &Process| init.pid.filter(|_| matches!(init.phase, Phase::Running) && init.exited().is_none());
+        // Not held any longer: whatever becomes of the exec, its container can be killed.
+        let target = running(&*init.lock().await);
+        let target = target.ok_or_else(|| Error::Precondition(format!("{}: is not running", name(container, ""))))?;
         let (id, exec, stdio) = (container.to_owned(), exec.to_owned(), process.stdio.clone());
         let made = blocking(move || process::make_exec(&id, &exec, target, &stdio)).await?;
         process.pid = Some(made.pid);

@@ -56,6 +56,30 @@ impl Starter {
         }
     }
 
+    /// Waits until the process exists and is ready; returns its id and its terminal's master side.
+    ///
+    /// Two processes report: which of them is heard first is chance.
+    fn hear(&self, map_users: impl Fn() -> Result<()>) -> Result<(Pid, Option<File>)> {
+        let (mut pid, mut ready, mut terminal) = (None, false, None);
+        loop {
+            match self.receive()? {
+                Some((Report::MapUsers, _)) => {
+                    map_users()?;
+                    self.go()?;
+                }
+                Some((Report::Made(number), _)) => pid = Some(Pid::from_raw(number)),
+                Some((Report::Ready, master)) => (ready, terminal) = (true, master),
+                Some((Report::Failed(reason), _)) => bail!("{reason}"),
+                None => bail!("the new process was killed before it could be started"),
+            }
+            if let Some(pid) = pid
+                && ready
+            {
+                return Ok((pid, terminal));
+            }
+        }
+    }
+
     fn go(&self) -> Result<()> {
         nix::unistd::write(&self.0, b"s").context("give the new process its word").map(drop)
     }
@@ -113,25 +137,10 @@ pub fn make_exec(container: &str, exec: &str, target: Pid, ports: &Ports) -> Res
 fn make(arguments: &[&str], ports: &Ports, spec: Option<&Spec>) -> Result<Made> {
     let (pipes, stdio) = Pipes::make(ports)?;
     let (starter, outer) = spawn(arguments, stdio)?;
-    // Two processes report: which of them is heard first is chance.
-    let (mut pid, mut ready) = (None, None);
-    loop {
-        if let (Some(pid), Some(terminal)) = (pid, ready.take()) {
-            // Dropping the starter ends the process: it waits for a word that will not come.
-            pipes.carry(ports, Option::as_ref(&terminal))?;
-            return Ok(Made { pid, starter, terminal });
-        }
-        match starter.receive()? {
-            Some((Report::MapUsers, _)) => {
-                write_user_map(outer, spec.context("an exec asked for a user map")?)?;
-                starter.go()?;
-            }
-            Some((Report::Made(number), _)) => pid = Some(Pid::from_raw(number)),
-            Some((Report::Failed(reason), _)) => bail!("{reason}"),
-            None => bail!("the new process was killed before it could be started"),
-            Some((Report::Ready, terminal)) => ready = Some(terminal),
-        }
-    }
+    let (pid, terminal) = starter.hear(|| write_user_map(outer, spec.context("an exec asked for a user map")?))?;
+    // Dropping the starter ends the process: it waits for a word that will not come.
+    pipes.carry(ports, terminal.as_ref())?;
+    Ok(Made { pid, starter, terminal })
 }
 
 /// Writes the map of a process's new user namespace, which its parent's root must do.
@@ -217,4 +226,23 @@ fn spawn(arguments: &[&str], [stdin, stdout, stderr]: [Stdio; 3]) -> Result<(Sta
     // The reaper collects it, as it does all children.
     let child = command.spawn().context("start the new process")?;
     Ok((Starter(ours), child.id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_heard_of_in_whichever_order_it_reports() {
+        let (made, ready) = (Report::Made(7), Report::Ready);
+        for reports in [[&made, &ready], [&ready, &made]] {
+            let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+            for report in reports {
+                nix::unistd::write(&theirs, &serde_json::to_vec(report).unwrap()).unwrap();
+            }
+            drop(theirs);
+            let (pid, terminal) = Starter(ours).hear(|| bail!("not asked for")).unwrap();
+            assert!(pid == Pid::from_raw(7) && terminal.is_none());
+        }
+    }
 }
