@@ -1,13 +1,14 @@
 //! The Agent service: each call to the function that serves it, errors to ttrpc codes.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty, HelloRequest, HelloResponse,
-    PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitResponse,
+    Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
+    HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse,
+    UpdateRequest, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -18,6 +19,7 @@ use ttrpc::{Code, Result};
 use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error};
+use crate::network::Network;
 
 /// How often memory.events is looked at for a container that someone waits for.
 const OOM_POLL: Duration = Duration::from_millis(200);
@@ -27,13 +29,14 @@ const SHUTDOWN_DELAY: Duration = Duration::from_millis(10);
 /// The service.
 pub struct AgentService {
     containers: Arc<Containers>,
+    network: Mutex<Network>,
     started_us: u64,
 }
 
 impl AgentService {
     /// A service for these containers, in an agent that started at this uptime.
     pub fn new(containers: Arc<Containers>, started_us: u64) -> Self {
-        Self { containers, started_us }
+        Self { containers, network: Mutex::default(), started_us }
     }
 }
 
@@ -136,6 +139,11 @@ impl Agent for AgentService {
                 return Ok(Empty::new());
             }
         }
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
+        let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
+        done(network.configure(&request).map_err(Error::Failed))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {

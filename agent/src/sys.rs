@@ -23,16 +23,34 @@ pub fn set_terminal_size(terminal: &File, columns: u16, rows: u16) -> io::Result
     Ok(Errno::result(result).map(drop)?)
 }
 
+/// Puts an interface's name where the kernel reads it, ended by a zero.
+fn fill_name(target: &mut [libc::c_char; libc::IFNAMSIZ], name: &str) -> io::Result<()> {
+    if name.is_empty() || name.len() >= target.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    target.fill(0);
+    target.iter_mut().zip(name.bytes()).for_each(|(slot, byte)| *slot = byte.cast_signed());
+    Ok(())
+}
+
+/// Gives a network interface of the calling thread's namespace, which is down, another name.
+pub fn rename_interface(socket: &OwnedFd, name: &str, new_name: &str) -> io::Result<()> {
+    // SAFETY: an ifreq of zeroes is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    fill_name(&mut request.ifr_name, name)?;
+    let mut new = [0; libc::IFNAMSIZ];
+    fill_name(&mut new, new_name)?;
+    request.ifr_ifru.ifru_newname = new;
+    // SAFETY: SIOCSIFNAME reads the two names, which end in a zero.
+    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFNAME, &raw const request) })?;
+    Ok(())
+}
+
 /// Brings a network interface of the calling thread's namespace up.
 pub fn interface_up(socket: &OwnedFd, name: &str) -> io::Result<()> {
     // SAFETY: an ifreq of zeroes is a valid one.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.len() >= request.ifr_name.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *slot = byte.cast_signed();
-    }
+    fill_name(&mut request.ifr_name, name)?;
     // SAFETY: SIOCGIFFLAGS reads the name, which ends in a zero, and fills the flags of our ifreq.
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: the flags were filled by the call before.

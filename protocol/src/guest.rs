@@ -30,3 +30,7 @@ pub const SHM_DIR: &str = "/dev/shm";
 
 /// Bytes at the end of guest memory in which the kernel leaves the log of a panic (ramoops).
 pub const PANIC_LOG_BYTES: u64 = 64 << 10;
+
+/// The guest kernel's name for the device in a place for network interfaces is `virtio-mmio.N`, with
+/// N counted from this number: the devices before it are virtio-fs, vsock and rng.
+pub const FIRST_NIC_DEVICE: u32 = 3;

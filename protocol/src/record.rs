@@ -3,6 +3,8 @@
 //! The record is written before what it names is acquired: a killed shim leaves a record that
 //! names at least all that exists.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// `<run dir>/<namespace>/<pod>/record.json`.
@@ -31,8 +33,21 @@ pub struct PodRecord {
     pub vcpus: u32,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// The network namespace that the pod's interfaces are in, when it was given one.
+    pub network: Option<NetworkRecord>,
     /// Why the pod died, when it did not end in order.
     pub failure: Option<String>,
+}
+
+/// What a pod's network puts into a namespace that may outlive it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkRecord {
+    /// The namespace's file.
+    pub path: PathBuf,
+    /// Its inode, so that another namespace at the same path is not mistaken for it.
+    pub inode: u64,
+    /// Indexes of the interfaces that were given an ingress queueing discipline.
+    pub interfaces: Vec<u32>,
 }
 
 /// One process of a pod.

@@ -34,6 +34,23 @@ pub enum Request {
         /// The stream's port.
         port: u32,
     },
+    /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
+    /// a virtio header of 12 bytes, not blocking.
+    AttachNic(Nic),
+}
+
+/// Network interfaces that a VM has place for.
+pub const NICS: u32 = 8;
+
+/// A network interface of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Which of the [`NICS`] places; each is used once.
+    pub place: u32,
+    /// Its address.
+    pub mac: [u8; 6],
+    /// The largest packet that goes through it, in bytes.
+    pub mtu: u16,
 }
 
 /// The shape of a VM.

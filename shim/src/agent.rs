@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    AgentClient, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse, ProcessInfo,
-    ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse,
+    Interface, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -177,6 +177,12 @@ impl Agent {
         } else {
             self.call("resume the container", self.client.resume(none(), &request)).await.map(drop)
         }
+    }
+
+    /// Brings new interfaces up and replays changes of addresses, routes and the like.
+    pub async fn configure_network(&self, interfaces: Vec<Interface>, messages: Vec<Vec<u8>>) -> Result<()> {
+        let request = ConfigureNetworkRequest { interfaces, messages, ..ConfigureNetworkRequest::default() };
+        self.call("configure the network", self.client.configure_network(none(), &request)).await.map(drop)
     }
 
     /// Forgets an exec or removes a container.

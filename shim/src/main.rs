@@ -19,6 +19,7 @@ mod flags;
 mod info;
 mod logger;
 mod mounts;
+mod network;
 mod pod;
 mod process;
 mod sandbox;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use caisson_host::{records, settings};
 use caisson_protocol::VERSION;
 use caisson_protocol::config::{self, Config};
@@ -15,12 +16,14 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::types::mount::Mount;
 use protobuf::MessageField;
+use tokio::sync::OnceCell;
 
 use crate::agent::Exit;
 use crate::container::{Container, ShareFolder, TaskId, remove_share_folder};
 use crate::errors::{Error, Result};
 use crate::events::{Events, timestamp};
 use crate::flags::check_name;
+use crate::network::Network;
 use crate::process::Process;
 use crate::sandbox::Sandbox;
 use crate::spec::{Siblings, Spec};
@@ -50,10 +53,37 @@ pub struct CreateContainer<'a> {
 /// The machine with the configuration that it was booted with.
 struct Running {
     sandbox: Arc<Sandbox>,
-    store: Store,
+    store: Arc<Store>,
     config: Config,
+    /// The interfaces of the pod's network namespace; none for a pod that has only its own.
+    network: OnceCell<Arc<Network>>,
     /// Whether its failure is on record.
     failed: AtomicBool,
+}
+
+impl Running {
+    /// Gives the guest the interfaces of a network namespace, now and as they change.
+    async fn connect(&self, path: &Path) -> anyhow::Result<()> {
+        let connect = || async {
+            let network = Arc::new(Network::open(path)?);
+            network.sync(&self.sandbox, &self.store).await?;
+            network.follow(Arc::clone(&self.sandbox), Arc::clone(&self.store))?;
+            anyhow::Ok(network)
+        };
+        self.network.get_or_try_init(connect).await.context("set up the pod's network").map(drop)
+    }
+
+    /// Connects a pod that was given no network namespace to what was put into that of its first
+    /// process, which is the monitor on the host, as `ctr run --cni` does before it starts the task.
+    async fn connect_late(&self) -> anyhow::Result<()> {
+        let monitor = Path::new("/proc").join(self.sandbox.vmm.pid().to_string());
+        let devices = std::fs::read_to_string(monitor.join("net/dev")).unwrap_or_default();
+        // Two lines of headings, and the loopback interface.
+        if self.network.initialized() || devices.lines().count() <= 3 {
+            return Ok(());
+        }
+        self.connect(&monitor.join("ns/net")).await
+    }
 }
 
 /// A pod.
@@ -146,12 +176,16 @@ impl Pod {
             ..PodRecord::default()
         };
         let booted = async {
-            let store = Store::create(&config.run_dir, record)?;
+            let store = Arc::new(Store::create(&config.run_dir, record)?);
             let sandbox = Sandbox::boot(&config, &store, spec, Path::new(bundle)).await?;
-            anyhow::Ok((store, sandbox))
+            let machine = Running { sandbox, store, config: config.clone(), network: OnceCell::new(), failed: AtomicBool::new(false) };
+            if let Some(path) = spec.network_namespace() {
+                machine.connect(path).await.inspect_err(|_| machine.sandbox.kill("its network could not be set up"))?;
+            }
+            anyhow::Ok(Arc::new(machine))
         };
         match booted.await {
-            Ok((store, sandbox)) => Ok(Arc::new(Running { sandbox, store, config, failed: AtomicBool::new(false) })),
+            Ok(machine) => Ok(machine),
             Err(error) => {
                 self.undo(&config);
                 Err(Error::Failed(error.context(format!("boot pod {}", self.id))))
@@ -264,6 +298,7 @@ impl Pod {
             return Err(Error::Precondition(format!("{}: it was started before", describe(id, exec))));
         }
         process.keep_input();
+        machine.connect_late().await.map_err(Error::Failed)?;
         if let Err(error) = machine.sandbox.agent.start(id, exec).await {
             if !exec.is_empty() {
                 process.close_streams(&machine.sandbox).await;

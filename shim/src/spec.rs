@@ -133,6 +133,13 @@ impl Spec {
         self.0["hostname"].as_str().unwrap_or_default()
     }
 
+    /// The network namespace that it names; `None` when it asks for a new one, or for none.
+    pub fn network_namespace(&self) -> Option<&Path> {
+        let namespaces = self.0["linux"]["namespaces"].as_array().into_iter().flatten();
+        let path = namespaces.filter(|namespace| namespace["type"] == "network").find_map(|namespace| namespace["path"].as_str());
+        path.filter(|path| !path.is_empty()).map(Path::new)
+    }
+
     /// The cgroup that it asks for on the host.
     pub fn cgroups_path(&self) -> Option<&str> {
         self.0["linux"]["cgroupsPath"].as_str().filter(|path| !path.is_empty())

@@ -116,6 +116,9 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
         if let Some(cgroup) = &record.cgroup {
             note(crate::cgroup::remove(cgroup, namespace));
         }
+        if let Some(network) = &record.network {
+            note(crate::network::undo(network));
+        }
         if let Some(uid) = record.uid {
             let path = run_dir.join(UIDS).join(uid.to_string());
             // Only when it is ours: a killed shim may have recorded an id that it never got.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use caisson_host::control::{self, Control};
 use caisson_protocol::fs::{self, FsConfig};
-use caisson_protocol::vmm::{BootConfig, Event, Offer, Request, Stopped};
+use caisson_protocol::vmm::{BootConfig, Event, Nic, Offer, Request, Stopped};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -229,6 +229,14 @@ impl Vmm {
     pub async fn close_source(&self, port: u32) {
         // A monitor that is gone has no streams.
         let _ = self.process.send(&Request::CloseSource { port }, &[]).await;
+    }
+
+    /// Puts a network interface into an empty place of the machine.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn attach_nic(&self, nic: Nic, tap: BorrowedFd<'_>) -> Result<()> {
+        self.process.send(&Request::AttachNic(nic), &[tap]).await.context("attach a network interface")
     }
 
     /// Takes an offer back, or breaks its stream.

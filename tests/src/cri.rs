@@ -10,8 +10,8 @@ use k8s_cri::v1::{
     Capability, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest, ContainerStatusRequest, CreateContainerRequest,
     ExecSyncRequest, ExecSyncResponse, ImageSpec, Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, SecurityProfile, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, SecurityProfile, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
@@ -19,11 +19,12 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
 
 use crate::Test;
-use crate::ctr::{IMAGE, id};
+use crate::ctr::{IMAGE, id, shell};
 
 pub const TESTS: &[Test] = &[
     ("containers_of_a_pod_share_name_ipc_and_memory", containers_of_a_pod_share_name_ipc_and_memory),
     ("containers_come_and_go_while_their_pod_lives", containers_come_and_go_while_their_pod_lives),
+    ("a_pod_is_reached_at_its_address", a_pod_is_reached_at_its_address),
     ("process_namespaces_are_shared_as_asked", process_namespaces_are_shared_as_asked),
     ("an_exec_beyond_its_time_is_killed", an_exec_beyond_its_time_is_killed),
     ("a_security_context_is_enforced", a_security_context_is_enforced),
@@ -223,6 +224,26 @@ fn containers_come_and_go_while_their_pod_lives() {
     assert_eq!(pod.wait_for_exit(&third), 8);
     let error = pod.exec_within(&third, "true", 10).unwrap_err();
     assert!(error.message().contains("EXITED"), "{error:?}");
+}
+
+fn a_pod_is_reached_at_its_address() {
+    let mut pod = Pod::start(|_| ());
+    let server = pod.run("server", "while :; do echo from the pod | nc -l -p 80; done", |_| ());
+    let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
+    let status = pod.cri.call(|client| client.pod_sandbox_status(request)).unwrap().status.unwrap();
+    let address = status.network.unwrap().ip;
+    assert!(pod.output(&server, "ip addr show dev eth0").contains(&address), "{address}");
+    shell(&format!("ping -c 2 {address}"));
+    let start = Instant::now();
+    while shell(&format!("socat -u TCP:{address}:80 - || true")) != "from the pod" {
+        assert!(start.elapsed() < Duration::from_secs(20), "the pod's server does not answer at {address}");
+    }
+    // Another container of the pod finds it at the loopback address.
+    let client = pod.run("client", SLEEP, |_| ());
+    let start = Instant::now();
+    while pod.exec(&client, "nc 127.0.0.1 80").stdout != b"from the pod\n" {
+        assert!(start.elapsed() < Duration::from_secs(20), "the pod's server does not answer at 127.0.0.1");
+    }
 }
 
 fn process_namespaces_are_shared_as_asked() {

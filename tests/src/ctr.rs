@@ -77,6 +77,13 @@ pub fn run(program: &str, arguments: &[&str]) -> Output {
     run_with_input(program, arguments, b"")
 }
 
+/// Runs a shell line on the node, which must succeed; returns its output.
+pub fn shell(line: &str) -> String {
+    let output = run("bash", &["-o", "pipefail", "-c", line]);
+    assert_eq!(output.code, 0, "{line}: {output:?}");
+    output.stdout.trim().to_owned()
+}
+
 /// `ctr ARGUMENTS`.
 pub fn ctr(arguments: &[&str]) -> Output {
     run("ctr", arguments)

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::Test;
-use crate::ctr::{IMAGE, Pod, RUNTIME, ctr_ok, id, run, run_pod, run_with_input};
+use crate::ctr::{IMAGE, Pod, RUNTIME, ctr_ok, id, run_pod, run_with_input, shell};
 
 pub const TESTS: &[Test] = &[
     ("stdin_ends_when_its_writer_does", stdin_ends_when_its_writer_does),
@@ -30,13 +30,6 @@ fn stdin_ends_when_its_writer_does() {
 fn stdout_and_stderr_are_kept_apart() {
     let output = run_pod(&[], &["sh", "-c", "for i in 1 2 3; do echo out $i; echo err $i >&2; done"]);
     assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("out 1\nout 2\nout 3\n", "err 1\nerr 2\nerr 3\n"));
-}
-
-/// Runs a shell line on the node.
-fn shell(line: &str) -> String {
-    let output = run("bash", &["-o", "pipefail", "-c", line]);
-    assert_eq!(output.code, 0, "{line}: {output:?}");
-    output.stdout.trim().to_owned()
 }
 
 /// How often a file of 20 MB goes through: `CAISSON_TEST_FLOOD=26` makes it half a gigabyte.

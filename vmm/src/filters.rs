@@ -40,6 +40,8 @@ const VCPU: &[Allow] =
 const IO: &[Allow] = &[
     Call(libc::SYS_epoll_ctl),
     Call(libc::SYS_epoll_wait),
+    // TUNSETOFFLOAD
+    CallWith(libc::SYS_ioctl, 1, &[0x4004_54d0]),
     CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_GETFD as u64]),
     Call(libc::SYS_readv),
     Call(libc::SYS_recvfrom),

@@ -70,9 +70,10 @@ pub struct Entry {
 /// The guest kernel's command line.
 pub fn command_line(layout: Layout, slots: &[DeviceSlot], console: bool, extra: &str) -> String {
     // reboot=t: a triple fault, which ends the VM; panic=-1: at once. rcu_expedited: making
-    // namespaces and cgroups waits for grace periods, which are short on a small machine.
+    // namespaces and cgroups waits for grace periods, which are short on a small machine. numdummies:
+    // a pod has the interfaces that it was given.
     let mut line = String::from(
-        "reboot=t panic=-1 rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check",
+        "reboot=t panic=-1 rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check dummy.numdummies=0",
     );
     line.push_str(if console { " console=ttyS0 earlyprintk=ttyS0" } else { " 8250.nr_uarts=0 quiet" });
     line.push_str(&format!(

@@ -8,15 +8,15 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use caisson_host::control::Control;
-use caisson_protocol::vmm::{BootConfig, Event, MEMORY_MIB, Stopped, VCPUS};
+use caisson_protocol::vmm::{BootConfig, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
-use crate::devices::io_thread::{Commands, IoThread};
+use crate::devices::io_thread::{Command, Commands, IoThread};
 use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::serial::Serial;
-use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, fs, rng, vsock};
+use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, fs, net, rng, vsock};
 use crate::memory::{self, GuestMemory, Layout, MMIO_START};
 use crate::{cpuid, filters, kernel, mptable, panic_log, vcpu};
 
@@ -54,6 +54,7 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     io: IoThread,
     commands: Commands,
+    nics: Nics,
     vm: VmFd,
 }
 
@@ -61,8 +62,28 @@ pub struct Machine {
 pub struct Running {
     /// The way to the device thread.
     pub commands: Commands,
+    /// The places for network interfaces.
+    pub nics: Nics,
     // Closing the VM's descriptor would disconnect every interrupt, whoever else holds the VM.
     _vm: VmFd,
+}
+
+/// The places for network interfaces.
+pub struct Nics(Vec<net::Place>);
+
+impl Nics {
+    /// Puts an interface into an empty place; the guest finds it when it looks again.
+    ///
+    /// # Errors
+    /// When there is no such place, or it is not empty.
+    pub fn attach(&self, nic: Nic, tap: File, commands: &Commands) -> Result<()> {
+        let index = nic.place as usize;
+        let place = self.0.get(index).with_context(|| format!("network interface {index}: there are {NICS} places"))?;
+        // The tap first: once the device appears its driver may come at any time.
+        commands.send(Command::AttachTap(index, tap))?;
+        ensure!(place.attach(nic), "network interface {index}: its place is taken");
+        Ok(())
+    }
 }
 
 impl Machine {
@@ -88,11 +109,16 @@ impl Machine {
 
         let (io, commands) = IoThread::new().context("create the device thread")?;
         let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs)).context("connect to the virtio-fs server")?;
-        let transports = vec![
+        let nics = Nics((0..NICS).map(|_| net::Place::default()).collect());
+        let mut transports = vec![
             MmioTransport::new(Box::new(vhost_fs), memory.clone())?,
             MmioTransport::new(Box::new(vsock::Vsock::new(commands.clone())), memory.clone())?,
             MmioTransport::new(Box::new(rng::Rng::new(commands.clone())), memory.clone())?,
         ];
+        for (index, place) in nics.0.iter().enumerate() {
+            let device = net::Net::new(index, place.clone(), commands.clone());
+            transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
+        }
         let slots: Vec<DeviceSlot> = (0u32..)
             .take(transports.len())
             .map(|index| DeviceSlot { base: MMIO_START + u64::from(index) * MMIO_SIZE, irq: FIRST_IRQ + index })
@@ -111,7 +137,7 @@ impl Machine {
         vcpu::write_boot_tables(&memory)?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus as u8, entry)?;
         let bus = Arc::new(Bus::new(transports, serial));
-        Ok(Self { control, memory, layout, bus, vcpus, io, commands, vm })
+        Ok(Self { control, memory, layout, bus, vcpus, io, commands, nics, vm })
     }
 
     /// Starts the device thread and the vCPUs.
@@ -119,7 +145,7 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be started.
     pub fn start(self) -> Result<Running> {
-        let Self { control, memory, layout, bus, vcpus, io, commands, vm } = self;
+        let Self { control, memory, layout, bus, vcpus, io, commands, nics, vm } = self;
         io.spawn(Arc::clone(&control))?;
         for (index, mut fd) in vcpus.into_iter().enumerate() {
             let (control, memory, bus) = (Arc::clone(&control), memory.clone(), Arc::clone(&bus));
@@ -136,7 +162,7 @@ impl Machine {
                 })
                 .with_context(|| format!("start the thread of vCPU {index}"))?;
         }
-        Ok(Running { commands, _vm: vm })
+        Ok(Running { commands, nics, _vm: vm })
     }
 }
 

@@ -27,7 +27,7 @@ use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
 
 use crate::devices::io_thread::Command;
-use crate::machine::{BootFiles, Machine};
+use crate::machine::{BootFiles, Machine, Running};
 
 /// Streams that a pod may have open at once take two descriptors each.
 const DESCRIPTOR_LIMIT: u64 = 8192;
@@ -68,7 +68,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
     let running = machine.start()?;
     control.send(&Event::Running, &[], true).context("report that the vCPUs run")?;
     filters::control()?;
-    serve(control, &running.commands)
+    serve(control, &running)
 }
 
 /// Has every thread allocate from the process's one heap: the C library opens a file before it
@@ -96,7 +96,7 @@ fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
 }
 
 /// Hands requests to the thread that owns the streams, until the shim is gone.
-fn serve(control: &Control, commands: &devices::io_thread::Commands) -> Result<()> {
+fn serve(control: &Control, Running { commands, nics, .. }: &Running) -> Result<()> {
     while let Some((request, fds)) = control.receive(true).context("receive a request")? {
         match request {
             Request::Boot(_) => bail!("the shim asked twice to boot"),
@@ -112,6 +112,10 @@ fn serve(control: &Control, commands: &devices::io_thread::Commands) -> Result<(
             }
             Request::CloseSource { port } => commands.send(Command::CloseSource(port))?,
             Request::Withdraw { port } => commands.send(Command::Withdraw(port))?,
+            Request::AttachNic(nic) => {
+                let tap = fds.into_iter().next().context("a network interface came without its tap")?;
+                nics.attach(nic, File::from(tap), commands)?;
+            }
         }
     }
     Ok(())

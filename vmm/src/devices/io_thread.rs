@@ -3,20 +3,22 @@
 //! One epoll loop. It owns all that it serves: device fronts and the control thread send it
 //! commands, and nothing else touches its state.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use caisson_host::control::Control;
-use caisson_protocol::vmm::{Event, Offer, Stopped};
+use caisson_protocol::vmm::{Event, NICS, Offer, Stopped};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::net::NetServer;
 use super::queue::ActiveQueue;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
-use super::{Activation, Interrupt, rng};
+use super::{Activation, Interrupt, net, rng};
 use crate::filters;
 use crate::machine::stop;
 use crate::memory::GuestMemory;
@@ -28,7 +30,13 @@ const WAKE: u64 = 0;
 const RNG_QUEUE: u64 = 1;
 const VSOCK_RX: u64 = 2;
 const VSOCK_TX: u64 = 3;
-const _: () = assert!(VSOCK_TX < FIRST_TOKEN);
+/// Of a network interface: these and three more for each interface before it.
+const NET_RX: u64 = 4;
+const NET_TX: u64 = 5;
+const NET_TAP: u64 = 6;
+const NET_TOKENS: u64 = 3;
+const NET_END: u64 = NET_RX + NET_TOKENS * NICS as u64;
+const _: () = assert!(NET_END <= FIRST_TOKEN);
 
 /// Which of the thread's devices an activation is for.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +45,8 @@ pub enum Server {
     Rng,
     /// vsock.
     Vsock,
+    /// A network interface, by its place.
+    Net(usize),
 }
 
 /// What the thread is told.
@@ -49,6 +59,8 @@ pub enum Command {
     CloseSource(u32),
     /// Take an offer back, or break its stream.
     Withdraw(u32),
+    /// The tap of a network interface, before its driver is ready.
+    AttachTap(usize, File),
 }
 
 /// The way to tell the thread.
@@ -75,6 +87,19 @@ struct RngServer {
     interrupt: Arc<Interrupt>,
 }
 
+/// A place for a network interface.
+#[derive(Default)]
+enum NetPlace {
+    #[default]
+    Empty,
+    Attached(File),
+    InService {
+        server: NetServer,
+        /// The tap is not watched because the guest has no room.
+        full: bool,
+    },
+}
+
 /// The thread's state before and while it runs.
 pub struct IoThread {
     epoll: Arc<Epoll>,
@@ -83,6 +108,7 @@ pub struct IoThread {
     muxer: Muxer,
     vsock: Option<VsockServer>,
     rng: Option<RngServer>,
+    nets: [NetPlace; NICS as usize],
 }
 
 impl IoThread {
@@ -95,7 +121,15 @@ impl IoThread {
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let (sender, commands) = channel();
-        let thread = Self { muxer: Muxer::new(Arc::clone(&epoll)), epoll, wake: Arc::clone(&wake), commands, vsock: None, rng: None };
+        let thread = Self {
+            muxer: Muxer::new(Arc::clone(&epoll)),
+            epoll,
+            wake: Arc::clone(&wake),
+            commands,
+            vsock: None,
+            rng: None,
+            nets: Default::default(),
+        };
         Ok((thread, Commands { sender, wake }))
     }
 
@@ -131,6 +165,7 @@ impl IoThread {
                             vsock.transmit(&mut self.muxer);
                         }
                     }
+                    token @ NET_RX..NET_END => self.serve_net((token - NET_RX) / NET_TOKENS, (token - NET_RX) % NET_TOKENS)?,
                     token => self.muxer.ready(token),
                 }
             }
@@ -154,6 +189,12 @@ impl IoThread {
                 Command::Offer(offer, fds) => self.muxer.offer(offer, fds)?,
                 Command::CloseSource(port) => self.muxer.close_source(port),
                 Command::Withdraw(port) => self.muxer.withdraw(port),
+                Command::AttachTap(place, tap) => {
+                    if let Some(place @ NetPlace::Empty) = self.nets.get_mut(place) {
+                        *place = NetPlace::Attached(tap);
+                    }
+                }
+                Command::Activate(Server::Net(place), activation) => self.activate_net(place, activation)?,
                 Command::Activate(Server::Rng, activation) => self.activate_rng(activation)?,
                 Command::Activate(Server::Vsock, activation) => {
                     let server = VsockServer::new(activation)?;
@@ -166,8 +207,46 @@ impl IoThread {
         Ok(())
     }
 
-    fn watch(&self, kick: &EventFd, token: u64) -> io::Result<()> {
-        self.epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
+    fn watch(&self, fd: &impl AsRawFd, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
+    }
+
+    fn activate_net(&mut self, place: usize, activation: Activation) -> io::Result<()> {
+        let Some(NetPlace::Attached(tap)) = self.nets.get_mut(place).map(std::mem::take) else {
+            return Err(io::Error::other("a network interface came into service that was not attached"));
+        };
+        net::set_offloads(&tap, activation.features)?;
+        let server = NetServer::new(activation, tap)?;
+        let first = NET_TOKENS * place as u64;
+        self.watch(server.rx_kick(), first + NET_RX)?;
+        self.watch(server.tx_kick(), first + NET_TX)?;
+        self.watch(server.tap(), first + NET_TAP)?;
+        self.nets[place] = NetPlace::InService { server, full: false };
+        Ok(())
+    }
+
+    fn serve_net(&mut self, place: u64, source: u64) -> io::Result<()> {
+        let Some(NetPlace::InService { server, full }) = self.nets.get_mut(place as usize) else { return Ok(()) };
+        match source + NET_RX {
+            NET_TX => {
+                // With more to do the thread comes back by itself.
+                if server.transmit() {
+                    server.tx_kick().write(1)?;
+                }
+                return Ok(());
+            }
+            NET_RX => server.room(),
+            _ => {}
+        }
+        server.receive();
+        // A tap that nobody can take from would keep the thread awake.
+        if server.is_full() != *full {
+            *full = server.is_full();
+            let interest = if *full { EventSet::empty() } else { EventSet::IN };
+            let token = NET_TAP + NET_TOKENS * place;
+            self.epoll.ctl(ControlOperation::Modify, server.tap().as_raw_fd(), EpollEvent::new(interest, token))?;
+        }
+        Ok(())
     }
 
     fn activate_rng(&mut self, activation: Activation) -> io::Result<()> {

@@ -8,6 +8,7 @@
 pub mod fs;
 pub mod io_thread;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod serial;

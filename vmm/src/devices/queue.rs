@@ -1,6 +1,9 @@
 //! A queue of a device that is in service, and how its buffers are taken and given back.
 
+use std::sync::atomic::{Ordering, fence};
+
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
@@ -10,7 +13,16 @@ use crate::memory::GuestMemory;
 pub struct ActiveQueue {
     queue: Queue,
     kick: EventFd,
+    /// Where the used ring ended when the driver was last considered for an interrupt.
+    signalled: u16,
 }
+
+/// The used ring (virtio 1.2, 2.7.8): bytes before its elements, and of each.
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// The available ring (2.7.6): bytes before its elements, and of each; `used_event` comes after them.
+const AVAIL_HEADER: u64 = 4;
+const AVAIL_ELEMENT: u64 = 2;
 
 /// A chain of guest buffers.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
@@ -18,7 +30,7 @@ pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
 impl ActiveQueue {
     /// A queue whose addresses were checked against guest memory.
     pub fn new(queue: Queue, kick: EventFd) -> Self {
-        Self { queue, kick }
+        Self { signalled: queue.next_used(), queue, kick }
     }
 
     /// The notification: readable when the driver made buffers available.
@@ -54,6 +66,20 @@ impl ActiveQueue {
         let _ = self.queue.add_used(memory, head, written);
     }
 
+    /// Gives back the chains of one packet, each with the bytes in it, so that the driver sees either
+    /// none of them or all (5.1.6.4.1).
+    pub fn give_back_together(&mut self, memory: &GuestMemory, chains: &[(u16, u32)]) {
+        let Some(((last, written), rest)) = chains.split_last() else { return };
+        for (head, written) in rest {
+            let slot = u64::from(self.queue.next_used() % self.queue.size());
+            let address = GuestAddress(self.queue.used_ring().saturating_add(USED_HEADER + USED_ELEMENT * slot));
+            // As above, it fails only for a hostile driver.
+            let _ = memory.write_obj(u64::from(*head) | u64::from(*written) << 32, address);
+            self.queue.set_next_used(self.queue.next_used().wrapping_add(1));
+        }
+        self.give_back(memory, *last, *written);
+    }
+
     /// Asks for notifications again; true when buffers came in meanwhile and must be served first.
     pub fn rearm(&mut self, memory: &GuestMemory) -> bool {
         self.queue.enable_notification(memory).unwrap_or(false)
@@ -61,8 +87,23 @@ impl ActiveQueue {
 
     /// Interrupts the driver when it asked to be.
     pub fn signal(&mut self, memory: &GuestMemory, interrupt: &Interrupt) {
-        if self.queue.needs_notification(memory).unwrap_or(true) {
+        if self.wants_interrupt(memory) {
             interrupt.queue();
         }
+    }
+
+    /// Whether the driver's `used_event` lies among the elements that were added since this was last
+    /// asked (2.7.10).
+    fn wants_interrupt(&mut self, memory: &GuestMemory) -> bool {
+        let (old, new) = (self.signalled, self.queue.next_used());
+        self.signalled = new;
+        if !self.queue.event_idx_enabled() {
+            return true;
+        }
+        // What was added must be seen before the driver's answer to it is read.
+        fence(Ordering::SeqCst);
+        let end = AVAIL_HEADER + AVAIL_ELEMENT * u64::from(self.queue.size());
+        let event = memory.load::<u16>(GuestAddress(self.queue.avail_ring().saturating_add(end)), Ordering::Relaxed);
+        event.map_or(true, |event| new.wrapping_sub(u16::from_le(event)).wrapping_sub(1) < new.wrapping_sub(old))
     }
 }

@@ -9,7 +9,7 @@ use crate::{cache, packages, progress};
 
 /// Names how the image is made, beside the lists and scripts below; to be changed with [`build`], so
 /// that a kept image is made anew.
-const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, 1";
+const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, 2";
 /// The release that the node is made of.
 const SUITE: &str = "trixie";
 const PACKAGES: &[&str] = &[
@@ -160,6 +160,9 @@ fn build(dir: &Path, files: &[PathBuf], containerds: &[(&str, Vec<PathBuf>)], bu
         }
     }
     cmd!(sh, "ln -sfn bash {tree}/usr/bin/sh").quiet().run()?;
+    // Where `ctr run --cni` looks.
+    sh.create_dir(tree.join("opt/cni"))?;
+    cmd!(sh, "ln -sfn /usr/lib/cni {tree}/opt/cni/bin").quiet().run()?;
     write_executable(&sh, &tree.join("usr/lib/node/init"), INIT)?;
     write_executable(&sh, &tree.join("usr/lib/node/containerd.sh"), CONTAINERD_SCRIPT)?;
     sh.write_file(tree.join("etc/containerd/config.toml"), CONTAINERD_CONFIG)?;

@@ -18,7 +18,7 @@ use super::packet::{Header, SHUTDOWN_SEND, TYPE_STREAM, op};
 use super::stream::{Next, Stream};
 
 /// Tokens of streams in the thread's epoll start here.
-pub const FIRST_TOKEN: u64 = 16;
+pub const FIRST_TOKEN: u64 = 64;
 /// Streams that one guest may have, offered or open.
 const MAX_STREAMS: usize = 4096;
 /// Answers to packets of no stream that are held for a guest that does not read.

@@ -1,0 +1,361 @@
+//! The pod's network: what CNI plugins made in its network namespace, for the guest.
+//!
+//! ```text
+//! veth (or macvlan, ...) ──ingress──► redirect ──► tap ──► VMM ──► the guest's interface
+//!                        ◄── redirect ◄──ingress── tap ◄──
+//! ```
+//!
+//! Beside each interface of the namespace there is a tap, and traffic control hands every frame from
+//! one to the other, so that any plugin works unchanged. Addresses, routes, rules and fixed
+//! neighbours are read by rtnetlink(7) and replayed in the guest as they are. [`Network::sync`]
+//! brings the guest up to date; it is run at the start and whenever the namespace changes.
+
+mod netns;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use caisson_protocol::agent::Interface;
+use caisson_protocol::record::NetworkRecord;
+use caisson_protocol::vmm::{NICS, Nic};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
+use rtnetlink::packet_core::NetlinkMessage;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourMessage, NeighbourState};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{IpVersion, LinkUnspec, MulticastGroup, RouteMessageBuilder};
+
+pub use self::netns::Netns;
+use crate::sandbox::Sandbox;
+use crate::store::Store;
+
+/// The loopback interface has this index in every namespace.
+const LOOPBACK: u32 = 1;
+/// Parent of filters on what an interface receives (`TC_H_INGRESS`, tc(8)), and all protocols (`ETH_P_ALL`).
+const INGRESS: u32 = 0xffff_0000;
+const ALL_PROTOCOLS: u16 = 3u16.to_be();
+/// The routing table of a host's own addresses (`RT_TABLE_LOCAL`), which the guest's kernel fills by itself.
+const TABLE_LOCAL: u8 = 255;
+/// Rules that every namespace has: local, main, default (ip-rule(8)).
+const USUAL_RULES: [u32; 3] = [0, 32_766, 32_767];
+/// For changes that come together, as when a plugin works on an interface.
+const SETTLE: Duration = Duration::from_millis(50);
+/// The most routes, addresses and such that are replayed; a message to the agent has its bounds.
+const MAX_ENTRIES: usize = 4096;
+
+/// The network of a pod that has one.
+pub struct Network {
+    netns: Netns,
+    path: PathBuf,
+    handle: rtnetlink::Handle,
+    known: tokio::sync::Mutex<Known>,
+}
+
+/// What the guest has been given.
+#[derive(Default)]
+struct Known {
+    /// Places of interfaces by index in the namespace.
+    places: BTreeMap<u32, u32>,
+    /// Indexes of our taps.
+    taps: Vec<u32>,
+    entries: Vec<RouteNetlinkMessage>,
+}
+
+impl Network {
+    /// The network in the namespace that `path` names.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or is the host's own.
+    pub fn open(path: &Path) -> Result<Self> {
+        let Some(netns) = Netns::open(path)? else {
+            bail!("the network namespace {} is the host's own, which a virtual machine cannot share", path.display());
+        };
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, handle, _) = netns.run(|| {
+            let _inside = runtime.enter();
+            rtnetlink::new_connection().context("open a netlink socket")
+        })?;
+        tokio::spawn(connection);
+        Ok(Self { netns, path: path.to_owned(), handle, known: tokio::sync::Mutex::default() })
+    }
+
+    /// Attaches interfaces that are new and tells the guest of every address, route, rule and
+    /// neighbour that is new or gone.
+    ///
+    /// # Errors
+    /// What could not be set up or was refused, by name.
+    pub async fn sync(&self, sandbox: &Sandbox, store: &Store) -> Result<()> {
+        let mut known = self.known.lock().await;
+        let mut interfaces = Vec::new();
+        for link in self.links(&known).await? {
+            let place = u32::try_from(known.places.len()).unwrap_or(u32::MAX);
+            ensure!(place < NICS, "interface {}: a pod can have {NICS}", link.name);
+            let attached = self.attach(&link, place, &mut known, sandbox, store).await;
+            interfaces.push(attached.with_context(|| format!("attach interface {}", link.name))?);
+        }
+        let entries = self.entries(&known).await?;
+        let changes = changes(&known.entries, &entries);
+        if !interfaces.is_empty() || !changes.is_empty() {
+            sandbox.agent.configure_network(interfaces, changes).await.context("configure the guest's network")?;
+        }
+        known.entries = entries;
+        Ok(())
+    }
+
+    /// Interfaces that are up and that the guest does not have.
+    async fn links(&self, known: &Known) -> Result<Vec<Link>> {
+        let links: Vec<LinkMessage> = collect(self.handle.link().get().execute(), "interfaces").await?;
+        let new = |link: &LinkMessage| {
+            let index = link.header.index;
+            link.header.link_layer_type == LinkLayerType::Ether
+                && link.header.flags.contains(LinkFlags::Up)
+                && !known.places.contains_key(&index)
+                && !known.taps.contains(&index)
+        };
+        links.iter().filter(|link| new(link)).map(Link::read).collect()
+    }
+
+    async fn attach(&self, link: &Link, place: u32, known: &mut Known, sandbox: &Sandbox, store: &Store) -> Result<Interface> {
+        let name = format!("caisson{place}");
+        let tap = self.netns.make_tap(&name)?;
+        let message = self.handle.link().get().match_name(name).execute().try_next().await.context("find the tap")?;
+        let index = message.context("find the tap")?.header.index;
+        known.taps.push(index);
+        let up = LinkUnspec::new_with_index(index).mtu(u32::from(link.mtu)).up().build();
+        self.handle.link().set(up).execute().await.context("bring the tap up")?;
+        // On record first: the namespace may outlive the pod.
+        let inode = self.netns.inode()?;
+        let mut interfaces: Vec<u32> = known.places.keys().copied().collect();
+        interfaces.push(link.index);
+        store.change(|record| record.network = Some(NetworkRecord { path: self.path.clone(), inode, interfaces }))?;
+        self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
+        self.redirect(index, link.index).await.context("redirect what the guest sends")?;
+        sandbox.vmm.attach_nic(Nic { place, mac: link.mac, mtu: link.mtu }, File::as_fd(&tap)).await?;
+        known.places.insert(link.index, place);
+        log::debug!("interface {} is the guest's interface {place}", link.name);
+        Ok(Interface { place, host_index: link.index, name: link.name.clone(), ..Interface::default() })
+    }
+
+    /// Hands every frame that arrives at one interface to another.
+    async fn redirect(&self, from: u32, to: u32) -> Result<()> {
+        let index = from.cast_signed();
+        self.handle.qdisc().add(index).ingress().execute().await.context("add the ingress qdisc")?;
+        let filter = self.handle.traffic_filter(index).add().parent(INGRESS).protocol(ALL_PROTOCOLS);
+        filter.redirect(to).context("make the filter")?.execute().await.context("add the filter")
+    }
+
+    /// What the guest is to replay, in an order in which each can be applied after those before it.
+    async fn entries(&self, known: &Known) -> Result<Vec<RouteNetlinkMessage>> {
+        let addresses: Vec<AddressMessage> = collect(self.handle.address().get().execute(), "addresses").await?;
+        let neighbours: Vec<NeighbourMessage> = collect(self.handle.neighbours().get().execute(), "neighbours").await?;
+        let (mut routes, mut rules): (Vec<RouteMessage>, Vec<RuleMessage>) = Default::default();
+        for (version, route) in [
+            (IpVersion::V4, RouteMessageBuilder::<std::net::Ipv4Addr>::new().build()),
+            (IpVersion::V6, RouteMessageBuilder::<std::net::Ipv6Addr>::new().build()),
+        ] {
+            routes.extend(collect(self.handle.route().get(route).execute(), "routes").await?);
+            rules.extend(collect(self.handle.rule().get(version).execute(), "rules").await?);
+        }
+        let has = |index: u32| known.places.contains_key(&index);
+        let mut routes: Vec<RouteMessage> = routes.into_iter().filter_map(|route| replayed_route(route, has)).collect();
+        // A gateway must be reachable before a route through it is accepted.
+        routes.sort_by_key(|route| route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_))));
+        let entries: Vec<RouteNetlinkMessage> = (addresses.into_iter().filter_map(|address| replayed_address(address, has)))
+            .map(RouteNetlinkMessage::NewAddress)
+            .chain(routes.into_iter().map(RouteNetlinkMessage::NewRoute))
+            .chain(rules.into_iter().filter(is_own_rule).map(RouteNetlinkMessage::NewRule))
+            .chain(neighbours.into_iter().filter(|entry| is_fixed_neighbour(entry, has)).map(RouteNetlinkMessage::NewNeighbour))
+            .collect();
+        ensure!(
+            entries.len() <= MAX_ENTRIES,
+            "the network has {} addresses, routes and rules; at most {MAX_ENTRIES} are allowed",
+            entries.len()
+        );
+        Ok(entries)
+    }
+
+    /// Follows changes of the namespace until the machine is gone.
+    ///
+    /// # Errors
+    /// When the namespace cannot be listened to.
+    pub fn follow(self: &Arc<Self>, sandbox: Arc<Sandbox>, store: Arc<Store>) -> Result<()> {
+        const GROUPS: [MulticastGroup; 8] = [
+            MulticastGroup::Link,
+            MulticastGroup::Neigh,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Rule,
+        ];
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, _, mut changes) = self.netns.run(|| {
+            let _inside = runtime.enter();
+            rtnetlink::new_multicast_connection(&GROUPS).context("listen for changes of the network")
+        })?;
+        tokio::spawn(connection);
+        let network = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut ended = sandbox.ended();
+            loop {
+                tokio::select! {
+                    _ = ended.wait_for(Option::is_some) => return,
+                    change = changes.next() => if change.is_none() { return },
+                }
+                tokio::time::sleep(SETTLE).await;
+                while changes.next().now_or_never().flatten().is_some() {}
+                if let Err(error) = network.sync(&sandbox, &store).await {
+                    log::warn!("follow a change of the pod's network: {error:#}");
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Takes off a namespace what a pod's network put there; what is gone already is no error.
+///
+/// # Errors
+/// When the namespace is there and cannot be worked in.
+pub fn undo(record: &NetworkRecord) -> Result<()> {
+    // It is gone with its pod, as a rule.
+    let Ok(Some(netns)) = Netns::open(&record.path) else { return Ok(()) };
+    if netns.inode()? != record.inode {
+        return Ok(());
+    }
+    netns.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection().context("open a netlink socket")?;
+            tokio::spawn(connection);
+            for index in &record.interfaces {
+                let mut request = handle.qdisc().del(index.cast_signed());
+                request.message_mut().header.parent = rtnetlink::packet_route::tc::TcHandle::INGRESS;
+                // The interface may be gone, or never have got that far.
+                let _ = request.execute().await;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// An interface of the namespace.
+struct Link {
+    index: u32,
+    name: String,
+    mac: [u8; 6],
+    mtu: u16,
+}
+
+impl Link {
+    fn read(message: &LinkMessage) -> Result<Self> {
+        let (mut name, mut mac, mut mtu) = (None, None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(text) => name = Some(text.clone()),
+                LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
+                LinkAttribute::Mtu(bytes) => mtu = Some(*bytes),
+                _ => {}
+            }
+        }
+        let name = name.with_context(|| format!("interface {}: it has no name", message.header.index))?;
+        let mac = mac.with_context(|| format!("interface {name}: it has no Ethernet address"))?;
+        let mtu = u16::try_from(mtu.unwrap_or(1500)).with_context(|| format!("interface {name}: its MTU is over 65535"))?;
+        Ok(Self { index: message.header.index, name, mac, mtu })
+    }
+}
+
+async fn collect<T>(stream: impl Stream<Item = Result<T, rtnetlink::Error>>, what: &str) -> Result<Vec<T>> {
+    stream.try_collect().await.with_context(|| format!("read the {what} of the pod's network namespace"))
+}
+
+/// An address as the guest is to have it; `None` for one that its kernel makes by itself.
+fn replayed_address(mut message: AddressMessage, has: impl Fn(u32) -> bool) -> Option<AddressMessage> {
+    let v6 = message.header.family == AddressFamily::Inet6;
+    if !has(message.header.index) || (v6 && message.header.scope == AddressScope::Link) {
+        return None;
+    }
+    // Ages differ each time that they are read.
+    message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::CacheInfo(_)));
+    if v6 {
+        // It is ours already: looking for another owner would only delay it.
+        message.header.flags |= AddressHeaderFlags::Nodad;
+        message.header.flags.remove(AddressHeaderFlags::Tentative);
+        for attribute in &mut message.attributes {
+            if let AddressAttribute::Flags(flags) = attribute {
+                flags.insert(AddressFlags::Nodad);
+                flags.remove(AddressFlags::Tentative);
+            }
+        }
+    }
+    Some(message)
+}
+
+/// A route as the guest is to have it; `None` for one that its kernel makes by itself, or that
+/// leads through an interface that it does not have.
+fn replayed_route(mut message: RouteMessage, has: impl Fn(u32) -> bool) -> Option<RouteMessage> {
+    let header = &message.header;
+    let kind =
+        matches!(header.kind, RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw);
+    let made = matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra | RouteProtocol::IcmpRedirect);
+    if !kind || made || header.table == TABLE_LOCAL || header.flags.contains(RouteFlags::Cloned) {
+        return None;
+    }
+    message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::CacheInfo(_)));
+    // What the kernel says of an interface's state is refused when it is told so.
+    message.header.flags &= RouteFlags::Onlink;
+    let through = |index: u32| index == LOOPBACK || has(index);
+    let reachable = message.attributes.iter().all(|attribute| match attribute {
+        RouteAttribute::Oif(index) => through(*index),
+        RouteAttribute::MultiPath(hops) => hops.iter().all(|hop| through(hop.interface_index)),
+        _ => true,
+    });
+    reachable.then_some(message)
+}
+
+fn is_own_rule(message: &RuleMessage) -> bool {
+    let priority = message.attributes.iter().find_map(|attribute| match attribute {
+        RuleAttribute::Priority(priority) => Some(*priority),
+        _ => None,
+    });
+    !USUAL_RULES.contains(&priority.unwrap_or(0))
+}
+
+fn is_fixed_neighbour(message: &NeighbourMessage, has: impl Fn(u32) -> bool) -> bool {
+    message.header.state == NeighbourState::Permanent && has(message.header.ifindex)
+}
+
+/// The messages that make `old` into `new`: what is gone first, the last one first.
+fn changes(old: &[RouteNetlinkMessage], new: &[RouteNetlinkMessage]) -> Vec<Vec<u8>> {
+    let gone = old.iter().rev().filter(|entry| !new.contains(entry)).cloned().map(reverse);
+    let come = new.iter().filter(|entry| !old.contains(entry)).cloned();
+    gone.chain(come).map(serialize).collect()
+}
+
+/// The message that takes away what another one made.
+fn reverse(message: RouteNetlinkMessage) -> RouteNetlinkMessage {
+    match message {
+        RouteNetlinkMessage::NewAddress(message) => RouteNetlinkMessage::DelAddress(message),
+        RouteNetlinkMessage::NewRoute(message) => RouteNetlinkMessage::DelRoute(message),
+        RouteNetlinkMessage::NewRule(message) => RouteNetlinkMessage::DelRule(message),
+        RouteNetlinkMessage::NewNeighbour(message) => RouteNetlinkMessage::DelNeighbour(message),
+        other => other,
+    }
+}
+
+fn serialize(message: RouteNetlinkMessage) -> Vec<u8> {
+    let mut message = NetlinkMessage::from(message);
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
+}

@@ -1,0 +1,91 @@
+//! Work inside a network namespace: netlink sockets and taps belong to the namespace that they are
+//! made in and may be used from anywhere afterwards.
+#![expect(unsafe_code, reason = "ioctls of taps have no safe wrapper")]
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
+
+nix::ioctl_write_ptr_bad!(
+    /// `TUNSETIFF` (linux/if_tun.h): makes the interface.
+    tun_set_interface, libc::TUNSETIFF, libc::ifreq
+);
+nix::ioctl_write_ptr_bad!(
+    /// `TUNSETVNETHDRSZ` (linux/if_tun.h): bytes of the header before each frame.
+    tun_set_header_size, libc::TUNSETVNETHDRSZ, libc::c_int
+);
+/// `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
+static HEADER: libc::c_int = 12;
+
+/// A network namespace that is not the shim's own.
+pub struct Netns(File);
+
+impl Netns {
+    /// Opens the namespace that a path names; `None` when it is the one that the shim runs in.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn open(path: &Path) -> Result<Option<Self>> {
+        let what = || format!("open the network namespace {}", path.display());
+        let file = File::open(path).with_context(what)?;
+        let (theirs, ours) = (file.metadata().with_context(what)?, std::fs::metadata("/proc/self/ns/net").with_context(what)?);
+        Ok(((theirs.dev(), theirs.ino()) != (ours.dev(), ours.ino())).then_some(Self(file)))
+    }
+
+    /// What tells it from every other namespace that is there.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn inode(&self) -> Result<u64> {
+        Ok(self.0.metadata().context("look at the network namespace")?.ino())
+    }
+
+    /// Runs `work` in the namespace, on a thread that ends with it.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the namespace cannot be entered.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let inside = || {
+            setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
+            work()
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, inside).context("start a thread")?;
+            thread.join().map_err(|_| anyhow!("the thread in the network namespace ended"))?
+        })
+    }
+
+    /// Makes a tap whose frames begin with a virtio header; it goes when the last descriptor does.
+    ///
+    /// # Errors
+    /// When `/dev/net/tun` is missing or the name is taken.
+    pub fn make_tap(&self, name: &str) -> Result<File> {
+        self.run(|| open_tap(name).with_context(|| format!("make the tap {name}")))
+    }
+}
+
+fn open_tap(name: &str) -> Result<File> {
+    let tap = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .context("open /dev/net/tun (the kernel's module `tun`)")?;
+    // SAFETY: all zeroes is an ifreq without a name.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    anyhow::ensure!(name.len() < libc::IFNAMSIZ, "the name is longer than {} bytes", libc::IFNAMSIZ - 1);
+    for (byte, source) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *byte = source.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: the request lives through the call, and has a name that ends within it.
+    unsafe { tun_set_interface(tap.as_raw_fd(), &raw const request) }.context("TUNSETIFF")?;
+    // SAFETY: the kernel reads one int.
+    unsafe { tun_set_header_size(tap.as_raw_fd(), &raw const HEADER) }.context("TUNSETVNETHDRSZ")?;
+    Ok(tap)
+}

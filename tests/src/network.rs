@@ -1,0 +1,206 @@
+//! The pod's network: what is in its network namespace is in the guest, and works.
+
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::Test;
+use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, id, run, run_pod, shell};
+
+pub const TESTS: &[Test] = &[
+    ("interfaces_of_a_namespace_are_the_guests", interfaces_of_a_namespace_are_the_guests),
+    ("a_file_crosses_the_network_both_ways", a_file_crosses_the_network_both_ways),
+    ("changes_of_a_network_are_followed", changes_of_a_network_are_followed),
+    ("a_network_made_before_the_start_is_found", a_network_made_before_the_start_is_found),
+    ("a_pod_without_a_network_has_loopback_alone", a_pod_without_a_network_has_loopback_alone),
+    ("the_hosts_own_network_is_refused", the_hosts_own_network_is_refused),
+    ("nothing_stays_in_a_network_namespace", nothing_stays_in_a_network_namespace),
+];
+
+/// A network namespace with an interface `eth7`, whose other end is the node's.
+struct Network {
+    name: String,
+    outside: String,
+    /// Third byte of its addresses: 10.9.N.1 is the node, 10.9.N.2 is inside.
+    subnet: u8,
+}
+
+impl Network {
+    fn new() -> Self {
+        static NEXT: AtomicU8 = AtomicU8::new(1);
+        let subnet = NEXT.fetch_add(1, Ordering::Relaxed);
+        let network = Self { name: id("net"), outside: format!("v{subnet}"), subnet };
+        let Self { name, outside, subnet } = &network;
+        shell(&format!(
+            "set -e; ip netns add {name}; ip link add {outside} type veth peer name eth7 netns {name}
+             ip addr add 10.9.{subnet}.1/24 dev {outside}; ip addr add fd00:{subnet}::1/64 dev {outside} nodad; ip link set {outside} mtu 1400 up
+             ip -n {name} link set lo up; ip -n {name} link set eth7 mtu 1400 up
+             ip -n {name} addr add 10.9.{subnet}.2/24 dev eth7; ip -n {name} addr add fd00:{subnet}::2/64 dev eth7 nodad
+             ip -n {name} route add default via 10.9.{subnet}.1; ip -n {name} route add unreachable 10.66.0.0/16
+             ip -n {name} rule add from 10.99.0.0/16 table 77 priority 100; ip -n {name} neigh add 10.9.{subnet}.9 lladdr 02:00:00:00:00:09 dev eth7"
+        ));
+        network
+    }
+
+    fn option(&self) -> String {
+        format!("network:/run/netns/{}", self.name)
+    }
+
+    /// A pod in it.
+    fn pod(&self) -> Pod {
+        Pod::start("net", &["--with-ns", &self.option()], "sleep 1000")
+    }
+
+    fn ip(&self, arguments: &str) -> String {
+        shell(&format!("ip -n {} {arguments}", self.name))
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        run("ip", &["link", "del", &self.outside]);
+        run("ip", &["netns", "del", &self.name]);
+    }
+}
+
+/// Standard output of a command in a pod that must succeed.
+fn output(pod: &Pod, script: &str) -> String {
+    let output = pod.exec(&[], &["sh", "-c", script]);
+    assert_eq!(output.code, 0, "{script}: {output:?}");
+    output.stdout
+}
+
+fn assert_contains(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+}
+
+fn interfaces_of_a_namespace_are_the_guests() {
+    let network = Network::new();
+    let mac = network.ip("-json link show eth7 | jq -r .[0].address");
+    let pod = network.pod();
+    let n = network.subnet;
+    let interfaces = output(&pod, "ip addr; ip route; ip neigh; ip rule");
+    let address = format!("inet 10.9.{n}.2/24");
+    let expected = ["mtu 1400", &mac, &address, &format!("fd00:{n}::2/64"), &format!("default via 10.9.{n}.1 dev eth7")];
+    assert_contains(&interfaces, &expected);
+    assert_contains(&interfaces, &["02:00:00:00:00:09", "from 10.99.0.0/16", "unreachable 10.66.0.0/16"]);
+    assert!(!interfaces.contains("dummy0"), "{interfaces}");
+    output(&pod, &format!("ping -c 2 10.9.{n}.1; ping -6 -c 2 fd00:{n}::1"));
+    shell(&format!("ping -c 2 10.9.{n}.2; ping -6 -c 2 fd00:{n}::2"));
+    // Larger than a packet may be: fragments, both ways.
+    output(&pod, &format!("ping -c 1 -s 5000 10.9.{n}.1"));
+    shell(&format!("ping -c 1 -s 5000 10.9.{n}.2"));
+}
+
+const FILE: &str = "/usr/share/caisson/vmlinux";
+
+/// A program that is killed when its test ends.
+struct Background(Child);
+
+impl Background {
+    fn socat(arguments: &[&str]) -> Self {
+        Self(Command::new("socat").args(arguments).spawn().unwrap())
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn a_file_crosses_the_network_both_ways() {
+    let network = Network::new();
+    let mount = "type=bind,src=/usr/share/caisson,dst=/usr/share/caisson,options=rbind:ro";
+    let pod = Pod::start("net", &["--mount", mount, "--with-ns", &network.option()], "sleep 1000");
+    let n = network.subnet;
+    let sum = shell(&format!("md5sum < {FILE}"));
+    let _server = Background::socat(&["-u", &format!("FILE:{FILE}"), "TCP-LISTEN:5001,reuseaddr"]);
+    assert_eq!(output(&pod, &format!("nc 10.9.{n}.1 5001 | md5sum")).trim(), sum);
+    let received = format!("/tmp/{}", network.name);
+    let sink = Background::socat(&["-u", "TCP-LISTEN:5003,reuseaddr", &format!("CREATE:{received}")]);
+    output(&pod, &format!("nc 10.9.{n}.1 5003 < {FILE}"));
+    eventually(|| shell(&format!("md5sum < {received}")) == sum, "the file did not arrive whole");
+    drop(sink);
+    std::fs::remove_file(received).unwrap();
+    // Datagrams: the echo of a question is no answer, but it arrives.
+    let _echo = Background::socat(&["UDP-LISTEN:53,fork", "PIPE"]);
+    let counters = output(&pod, &format!("timeout 6 nslookup caisson.test 10.9.{n}.1 > /dev/null 2>&1; grep Udp: /proc/net/snmp"));
+    let received = counters.lines().nth(1).and_then(|line| line.split(' ').nth(1)).and_then(|count| count.parse::<u32>().ok());
+    assert!(received.is_some_and(|received| received > 0), "{counters}");
+}
+
+fn eventually(mut check: impl FnMut() -> bool, complaint: &str) {
+    let start = Instant::now();
+    while !check() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{complaint}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn changes_of_a_network_are_followed() {
+    let network = Network::new();
+    let pod = network.pod();
+    let n = network.subnet;
+    network.ip(&format!("addr add 10.9.{n}.77/24 dev eth7"));
+    network.ip(&format!("route add 10.77.0.0/16 via 10.9.{n}.1"));
+    eventually(|| output(&pod, "ip route").contains("10.77.0.0/16"), "the route did not appear");
+    assert_contains(&output(&pod, "ip addr"), &[&format!("10.9.{n}.77/24")]);
+    network.ip("route del 10.77.0.0/16");
+    eventually(|| !output(&pod, "ip route").contains("10.77.0.0/16"), "the route did not go");
+    // An interface that is plugged in while the pod runs.
+    let (name, other) = (&network.name, format!("w{n}"));
+    shell(&format!(
+        "ip link add {other} type veth peer name net1 netns {name}; ip addr add 10.10.{n}.1/24 dev {other}; ip link set {other} up"
+    ));
+    network.ip(&format!("addr add 10.10.{n}.2/24 dev net1"));
+    network.ip("link set net1 up");
+    eventually(|| output(&pod, "ip addr").contains(&format!("10.10.{n}.2/24")), "the new interface did not appear");
+    output(&pod, &format!("ping -c 2 10.10.{n}.1"));
+    assert_contains(&output(&pod, "cat /sys/class/net/net1/mtu"), &["1500"]);
+}
+
+fn a_network_made_before_the_start_is_found() {
+    let output = run_pod(&["--cni"], &["sh", "-c", "ip addr show dev eth0; ip route; ping -c 2 10.88.0.1"]);
+    assert_eq!(output.code, 0, "{output:?}");
+    assert_contains(&output.stdout, &["inet 10.88.", "default via 10.88.0.1 dev eth0", "2 packets received"]);
+}
+
+fn a_pod_without_a_network_has_loopback_alone() {
+    let output = run_pod(&[], &["sh", "-c", "ls /sys/class/net; ping -c 1 127.0.0.1 > /dev/null && echo reached"]);
+    assert_eq!(output.stdout, "lo\nreached\n", "{output:?}");
+}
+
+fn the_hosts_own_network_is_refused() {
+    let output = run_pod(&["--with-ns", "network:/proc/1/ns/net"], &["true"]);
+    assert_eq!(output.code, 1, "{output:?}");
+    assert_contains(&output.stderr, &["/proc/1/ns/net is the host's own"]);
+}
+
+/// Queueing disciplines and interfaces that a pod brought.
+fn remains(network: &Network) -> String {
+    shell(&format!("ip netns exec {} tc qdisc show | grep ingress; ip -n {} -brief link | grep caisson; true", network.name, network.name))
+}
+
+fn nothing_stays_in_a_network_namespace() {
+    let network = Network::new();
+    let pod = network.pod();
+    assert_contains(&remains(&network), &["dev eth7", "caisson0"]);
+    drop(pod);
+    assert_eq!(remains(&network), "");
+    // As much after a death without warning.
+    let pod = network.pod();
+    assert_contains(&remains(&network), &["dev eth7"]);
+    shell(&format!("kill -9 {}", pod.host_pid("shim")));
+    eventually(|| pod.status().as_deref() != Some("RUNNING"), "the pod still runs");
+    drop(pod);
+    eventually(|| remains(&network).is_empty(), "something stays in the namespace");
+    // And the next pod finds it as new.
+    let option = network.option();
+    let name = id("again");
+    let output = ctr(&["run", "--rm", "--with-ns", &option, "--runtime", RUNTIME, IMAGE, &name, "ip", "addr"]);
+    assert_contains(&output.stdout, &["eth7"]);
+}

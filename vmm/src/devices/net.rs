@@ -1,0 +1,400 @@
+//! The network device (virtio 1.2, 5.1): Ethernet frames between the guest and a tap interface.
+//!
+//! A pod's interfaces are known only when containerd's CNI plugins have made them, which may be
+//! after the boot. So each machine has a few empty places for them: until an interface is attached
+//! the device reads as id 0, the transport's placeholder (4.2.2), and the guest has nothing there.
+//! Then the agent makes its kernel look again, and finds a device with the interface's own address.
+//!
+//! ```text
+//! empty -> attached (id 1, a tap waits) -> in service (the driver is ready)
+//! ```
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, OnceLock};
+
+use caisson_protocol::vmm::Nic;
+use virtio_queue::Writer;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::io_thread::{Command, Commands, Server};
+use super::mmio::QUEUE_FEATURES;
+use super::queue::{ActiveQueue, Chain};
+use super::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
+use crate::memory::GuestMemory;
+
+const DEVICE_ID: u32 = 1;
+/// Receive, transmit.
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// Feature bits (5.1.3).
+const F_CSUM: u32 = 0;
+const F_GUEST_CSUM: u32 = 1;
+const F_MTU: u32 = 3;
+const F_MAC: u32 = 5;
+const F_GUEST_TSO4: u32 = 7;
+const F_GUEST_TSO6: u32 = 8;
+const F_GUEST_ECN: u32 = 9;
+const F_HOST_TSO4: u32 = 11;
+const F_HOST_TSO6: u32 = 12;
+const F_HOST_ECN: u32 = 13;
+const F_MRG_RXBUF: u32 = 15;
+const FEATURES: u64 = QUEUE_FEATURES
+    | 1 << F_CSUM
+    | 1 << F_GUEST_CSUM
+    | 1 << F_MTU
+    | 1 << F_MAC
+    | 1 << F_GUEST_TSO4
+    | 1 << F_GUEST_TSO6
+    | 1 << F_GUEST_ECN
+    | 1 << F_HOST_TSO4
+    | 1 << F_HOST_TSO6
+    | 1 << F_HOST_ECN
+    | 1 << F_MRG_RXBUF;
+
+/// `struct virtio_net_hdr_v1` (5.1.6); taps are set up to speak it.
+const HEADER: usize = 12;
+/// Where the header holds the number of buffers.
+const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+/// The largest frame: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
+const MAX_FRAME: usize = HEADER + 14 + 2 * 4 + (64 << 10);
+/// Frames each way before the thread looks after its other work.
+const BUDGET: usize = 64;
+
+nix::ioctl_write_int!(
+    /// `TUNSETOFFLOAD` (linux/if_tun.h): what the reader of a tap can take.
+    tun_set_offload, b'T', 208
+);
+/// Offloads of a tap (linux/if_tun.h).
+const TUN_F_CSUM: u64 = 1;
+const TUN_F_TSO4: u64 = 2;
+const TUN_F_TSO6: u64 = 4;
+const TUN_F_TSO_ECN: u64 = 8;
+
+/// A place for an interface, shared by the device's front and the thread that attaches.
+#[derive(Clone, Default)]
+pub struct Place(Arc<OnceLock<Nic>>);
+
+impl Place {
+    /// Makes the device appear; false when one is there already.
+    pub fn attach(&self, nic: Nic) -> bool {
+        self.0.set(nic).is_ok()
+    }
+}
+
+/// The device's front; the device thread serves its queues.
+pub struct Net {
+    index: usize,
+    place: Place,
+    thread: Commands,
+}
+
+impl Net {
+    /// The device of a place, by its number.
+    pub fn new(index: usize, place: Place, thread: Commands) -> Self {
+        Self { index, place, thread }
+    }
+}
+
+impl VirtioDevice for Net {
+    fn id(&self) -> u32 {
+        if self.place.0.get().is_some() { DEVICE_ID } else { 0 }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; 12];
+        if let Some(nic) = self.place.0.get() {
+            // mac, status, max_virtqueue_pairs, mtu (5.1.4).
+            config[..6].copy_from_slice(&nic.mac);
+            config[10..].copy_from_slice(&nic.mtu.to_le_bytes());
+        }
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let command = Command::Activate(Server::Net(self.index), activation);
+        self.thread.send(command).map_err(|source| ActivateError { device: "net", source })
+    }
+}
+
+/// The queues of an interface in service, and its tap.
+pub struct NetServer {
+    rx: ActiveQueue,
+    tx: ActiveQueue,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+    tap: File,
+    outgoing: Box<[u8]>,
+    incoming: Box<[u8]>,
+    /// Bytes in `incoming` that the guest had no room for.
+    waiting: usize,
+    /// Heads of the chains of one frame, with the bytes in each; kept for its allocation.
+    used: Vec<(u16, u32)>,
+}
+
+impl NetServer {
+    /// Takes the queues over.
+    ///
+    /// # Errors
+    /// When the activation does not hold two of them.
+    pub fn new(activation: Activation, tap: File) -> io::Result<Self> {
+        let Ok([rx, tx]) = <[ActiveQueue; 2]>::try_from(activation.queues) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        Ok(Self {
+            rx,
+            tx,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            tap,
+            outgoing: vec![0; MAX_FRAME].into(),
+            incoming: vec![0; MAX_FRAME].into(),
+            waiting: 0,
+            used: Vec::new(),
+        })
+    }
+
+    /// Readable when the guest has room for frames.
+    pub fn rx_kick(&self) -> &EventFd {
+        self.rx.kick()
+    }
+
+    /// Readable when the guest has sent frames.
+    pub fn tx_kick(&self) -> &EventFd {
+        self.tx.kick()
+    }
+
+    /// Readable when the host has sent frames.
+    pub fn tap(&self) -> &File {
+        &self.tap
+    }
+
+    /// Whether the tap is not to be read because the guest has no room.
+    pub fn is_full(&self) -> bool {
+        self.waiting > 0
+    }
+
+    /// Sends what the guest has made available, at most [`BUDGET`] frames; true when there is more.
+    pub fn transmit(&mut self) -> bool {
+        self.tx.clear_kick();
+        let mut more = true;
+        for _ in 0..BUDGET {
+            let Some(chain) = self.tx.next(&self.memory) else {
+                if self.tx.rearm(&self.memory) {
+                    continue;
+                }
+                more = false;
+                break;
+            };
+            let head = chain.head_index();
+            if let Some(length) = copy_out(&self.memory, chain, &mut self.outgoing) {
+                // What the host does not take is lost, as on any wire.
+                let _ = self.tap.write(&self.outgoing[..length]);
+            }
+            self.tx.give_back(&self.memory, head, 0);
+        }
+        self.tx.signal(&self.memory, &self.interrupt);
+        more
+    }
+
+    /// The guest has made room.
+    pub fn room(&mut self) {
+        self.rx.clear_kick();
+    }
+
+    /// Gives the guest what the host has sent, at most [`BUDGET`] frames.
+    pub fn receive(&mut self) {
+        for _ in 0..BUDGET {
+            if self.waiting == 0 {
+                match self.tap.read(&mut self.incoming) {
+                    Ok(length) if length >= HEADER => self.waiting = length,
+                    // Nothing more, or an interface that is gone.
+                    _ => break,
+                }
+            }
+            if !self.deliver() {
+                break;
+            }
+            self.waiting = 0;
+        }
+        self.rx.signal(&self.memory, &self.interrupt);
+    }
+
+    /// Puts the waiting frame into as many chains as it needs; false when there are too few.
+    fn deliver(&mut self) -> bool {
+        let mut buffers = Vec::new();
+        let mut room = 0;
+        // First all that it takes, so that its header can say in how many buffers it is.
+        while room < self.waiting {
+            let Some(chain) = self.rx.next(&self.memory) else {
+                if self.rx.rearm(&self.memory) {
+                    continue;
+                }
+                buffers.iter().for_each(|_| self.rx.put_back());
+                return false;
+            };
+            // A chain that cannot be written to is used with nothing in it.
+            let (head, writer) = (chain.head_index(), chain.writer(&self.memory).ok());
+            room += writer.as_ref().map_or(0, Writer::available_bytes);
+            buffers.push((head, writer));
+        }
+        let count = u16::try_from(buffers.len()).unwrap_or(u16::MAX);
+        self.incoming[NUM_BUFFERS].copy_from_slice(&count.to_le_bytes());
+        let mut rest = &self.incoming[..self.waiting];
+        self.used.clear();
+        for (head, writer) in buffers {
+            let written = writer.and_then(|mut writer| writer.write(rest).ok()).unwrap_or(0);
+            rest = &rest[written..];
+            self.used.push((head, written as u32));
+        }
+        self.rx.give_back_together(&self.memory, &self.used);
+        true
+    }
+}
+
+/// Copies a frame out of guest memory, its header first; `None` when it is too short or too long.
+fn copy_out(memory: &GuestMemory, chain: Chain<'_>, frame: &mut [u8]) -> Option<usize> {
+    let mut reader = chain.reader(memory).ok()?;
+    let length = reader.available_bytes();
+    if !(HEADER..=frame.len()).contains(&length) {
+        return None;
+    }
+    reader.read_exact(&mut frame[..length]).ok()?;
+    Some(length)
+}
+
+/// Tells a tap what the driver can take, by the features that it accepted.
+///
+/// # Errors
+/// When the tap cannot do without what the driver cannot take.
+#[expect(unsafe_code, reason = "an ioctl without a safe wrapper")]
+pub fn set_offloads(tap: &File, features: u64) -> io::Result<()> {
+    let pairs = [(F_GUEST_CSUM, TUN_F_CSUM), (F_GUEST_TSO4, TUN_F_TSO4), (F_GUEST_TSO6, TUN_F_TSO6), (F_GUEST_ECN, TUN_F_TSO_ECN)];
+    let offloads = pairs.iter().filter(|(feature, _)| features & (1 << feature) != 0).fold(0, |all, (_, offload)| all | offload);
+    // SAFETY: the ioctl takes a number and touches no memory of ours.
+    unsafe { tun_set_offload(tap.as_raw_fd(), offloads) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use proptest::prelude::*;
+    use virtio_queue::QueueT;
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::desc::split::Descriptor;
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    const WRITE: u16 = 2;
+    const SIZE: u16 = 16;
+    const RX: u64 = 0x1000;
+    const TX: u64 = 0x4000;
+    const BUFFERS: u64 = 0x10000;
+
+    /// A driver's side of both queues, and the other end of the tap.
+    struct Driver {
+        memory: GuestMemory,
+        host: UnixDatagram,
+        server: NetServer,
+    }
+
+    impl Driver {
+        /// With these descriptors on offer, each a chain of its own.
+        fn new(rx: &[(u64, u32, u16)], tx: &[(u64, u32, u16)]) -> Self {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+            let queue = |start: u64, chains: &[(u64, u32, u16)]| {
+                let mock = MockSplitQueue::create(&memory, GuestAddress(start), SIZE);
+                let descriptor = |(address, length, flags): &(u64, u32, u16)| Descriptor::new(*address, *length, *flags, 0);
+                let descriptors: Vec<RawDescriptor> = chains.iter().map(|chain| descriptor(chain).into()).collect();
+                mock.add_desc_chains(&descriptors, 0).unwrap();
+                ActiveQueue::new(mock.create_queue().unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap())
+            };
+            let queues = vec![queue(RX, rx), queue(TX, tx)];
+            let (host, tap) = UnixDatagram::pair().unwrap();
+            tap.set_nonblocking(true).unwrap();
+            host.set_nonblocking(true).unwrap();
+            let interrupt = Arc::new(Interrupt::new().unwrap());
+            let activation = Activation { features: FEATURES, queues, memory: memory.clone(), interrupt };
+            let server = NetServer::new(activation, File::from(OwnedFd::from(tap))).unwrap();
+            Self { memory, host, server }
+        }
+
+        /// Chains that the driver got back.
+        fn used(&self, queue: &ActiveQueue) -> u16 {
+            self.memory.read_obj(GuestAddress(queue.layout().used_ring() + 2)).unwrap()
+        }
+    }
+
+    #[test]
+    fn what_the_guest_sends_reaches_the_tap() {
+        let mut driver = Driver::new(&[], &[(BUFFERS, 20, 0), (BUFFERS, 4, 0), (BUFFERS, 30, 0)]);
+        driver.memory.write_slice(&[7; 30], GuestAddress(BUFFERS)).unwrap();
+        assert!(!driver.server.transmit());
+        let mut frame = [0; 64];
+        // The second has no room for a header and is lost.
+        assert_eq!((driver.host.recv(&mut frame).unwrap(), driver.host.recv(&mut frame).unwrap()), (20, 30));
+        assert!(driver.host.recv(&mut frame).is_err());
+        assert_eq!(driver.used(&driver.server.tx), 3);
+    }
+
+    #[test]
+    fn a_frame_fills_as_many_buffers_as_it_needs() {
+        let mut driver = Driver::new(&[(BUFFERS, 16, WRITE), (BUFFERS + 16, 16, WRITE), (BUFFERS + 32, 16, WRITE)], &[]);
+        let frame: Vec<u8> = (0..40).collect();
+        driver.host.send(&frame).unwrap();
+        driver.server.receive();
+        let mut got = [0; 40];
+        driver.memory.read_slice(&mut got, GuestAddress(BUFFERS)).unwrap();
+        assert_eq!((&got[..10], &got[12..]), (&frame[..10], &frame[12..]));
+        assert_eq!((got[10], driver.used(&driver.server.rx)), (3, 3));
+        assert!(!driver.server.is_full());
+    }
+
+    #[test]
+    fn a_frame_waits_until_there_is_room_for_all_of_it() {
+        let mut driver = Driver::new(&[(BUFFERS, 16, WRITE)], &[]);
+        driver.host.send(&[1; 40]).unwrap();
+        driver.server.receive();
+        assert!(driver.server.is_full());
+        assert_eq!(driver.used(&driver.server.rx), 0);
+    }
+
+    #[test]
+    fn an_empty_place_is_no_device() {
+        let (_, commands) = super::super::io_thread::IoThread::new().unwrap();
+        let place = Place::default();
+        let net = Net::new(0, place.clone(), commands);
+        assert_eq!(net.id(), 0);
+        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], mtu: 1500 };
+        assert!(place.attach(nic) && !place.attach(nic));
+        let mut config = [0; 12];
+        net.read_config(0, &mut config);
+        assert_eq!((net.id(), config), (1, [2, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0xdc, 5]));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_driver_offers_is_served(
+            rx in proptest::collection::vec((any::<u64>(), any::<u32>(), any::<u16>()), 0..8),
+            tx in proptest::collection::vec((0u64..1 << 21, 0u32..1 << 18, any::<u16>()), 0..8),
+        ) {
+            let mut driver = Driver::new(&rx, &tx);
+            driver.host.send(&[1; 100]).unwrap();
+            driver.server.receive();
+            driver.server.transmit();
+        }
+    }
+}
