@@ -7,21 +7,26 @@
 //! (docs/decisions/007 says why no netlink library does it).
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
 use caisson_protocol::guest::FIRST_NIC_DEVICE;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use tokio::net::TcpStream;
 
-use crate::sys;
+use crate::{streams, sys};
 
 /// The loopback interface has this index everywhere.
 const LOOPBACK: u32 = 1;
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
 const DEVICES: &str = "/sys/bus/platform/devices";
+/// For a program of the guest to take a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of `struct nlmsghdr` (netlink(7)), and of an answer that is read.
 const HEADER: usize = 16;
 const ANSWER: usize = 4096;
@@ -57,6 +62,23 @@ impl Network {
             .context("open a netlink socket")?;
         request.messages.iter().try_for_each(|message| replay(&kernel, message.clone(), &self.0))
     }
+}
+
+/// Connects to a TCP address here, and that with a port of the host, both ways until both have ended.
+///
+/// # Errors
+/// When nobody listens at the address.
+pub async fn forward(target: &str, port: u32) -> Result<()> {
+    let address: SocketAddr = target.parse().with_context(|| format!("read the address {target:?}"))?;
+    let connect = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
+    let mut inside =
+        connect.context("it did not answer").and_then(|stream| Ok(stream?)).with_context(|| format!("connect to {address}"))?;
+    let mut outside = streams::connect(port).and_then(streams::into_async).context("connect to the host")?;
+    tokio::spawn(async move {
+        // Either side may break off; the other hears of it by its connection's end.
+        let _ = tokio::io::copy_bidirectional(&mut inside, &mut outside).await;
+    });
+    Ok(())
 }
 
 /// Makes the kernel find an interface, names it, and brings it up; returns its index.

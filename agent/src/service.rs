@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
-    HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse,
-    UpdateRequest, WaitResponse,
+    ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse,
+    StatsResponse, UpdateRequest, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -19,7 +19,7 @@ use ttrpc::{Code, Result};
 use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error};
-use crate::network::Network;
+use crate::network::{self, Network};
 
 /// How often memory.events is looked at for a container that someone waits for.
 const OOM_POLL: Duration = Duration::from_millis(200);
@@ -144,6 +144,10 @@ impl Agent for AgentService {
     async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
         let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
         done(network.configure(&request).map_err(Error::Failed))
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
+        done(network::forward(&request.target, request.port).await.map_err(Error::Failed))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {

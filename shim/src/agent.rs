@@ -1,14 +1,15 @@
 //! The agent in the guest, as the shim calls it: every call has a time-out and ends with the machine.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, HelloRequest, HelloResponse,
-    Interface, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ForwardRequest, HelloRequest,
+    HelloResponse, Interface, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -183,6 +184,12 @@ impl Agent {
     pub async fn configure_network(&self, interfaces: Vec<Interface>, messages: Vec<Vec<u8>>) -> Result<()> {
         let request = ConfigureNetworkRequest { interfaces, messages, ..ConfigureNetworkRequest::default() };
         self.call("configure the network", self.client.configure_network(none(), &request)).await.map(drop)
+    }
+
+    /// Connects the stream of a port to an address within the guest.
+    pub async fn forward(&self, target: SocketAddr, port: u32) -> Result<()> {
+        let request = ForwardRequest { target: target.to_string(), port, ..ForwardRequest::default() };
+        self.call("forward a connection", self.client.forward(none(), &request)).await.map(drop)
     }
 
     /// Forgets an exec or removes a container.

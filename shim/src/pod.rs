@@ -68,6 +68,7 @@ impl Running {
             let network = Arc::new(Network::open(path)?);
             network.sync(&self.sandbox, &self.store).await?;
             network.follow(Arc::clone(&self.sandbox), Arc::clone(&self.store))?;
+            network.forward(Arc::clone(&self.sandbox));
             anyhow::Ok(network)
         };
         self.network.get_or_try_init(connect).await.context("set up the pod's network").map(drop)

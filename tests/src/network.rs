@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     ("changes_of_a_network_are_followed", changes_of_a_network_are_followed),
     ("a_network_made_before_the_start_is_found", a_network_made_before_the_start_is_found),
     ("a_pod_without_a_network_has_loopback_alone", a_pod_without_a_network_has_loopback_alone),
+    ("connections_within_the_namespace_reach_the_guest", connections_within_the_namespace_reach_the_guest),
     ("the_hosts_own_network_is_refused", the_hosts_own_network_is_refused),
     ("nothing_stays_in_a_network_namespace", nothing_stays_in_a_network_namespace),
 ];
@@ -172,6 +173,24 @@ fn a_network_made_before_the_start_is_found() {
 fn a_pod_without_a_network_has_loopback_alone() {
     let output = run_pod(&[], &["sh", "-c", "ls /sys/class/net; ping -c 1 127.0.0.1 > /dev/null && echo reached"]);
     assert_eq!(output.stdout, "lo\nreached\n", "{output:?}");
+}
+
+/// As port-forward makes them.
+fn connections_within_the_namespace_reach_the_guest() {
+    let network = Network::new();
+    let script = "while read line; do echo you said $line; done";
+    let pod = Pod::start("net", &["--with-ns", &network.option()], &format!("echo '{script}' > /serve; nc -ll -p 8080 -e sh /serve"));
+    let ask = |address: &str| {
+        let name = &network.name;
+        shell(&format!("(echo hello; sleep 1) | ip netns exec {name} timeout 10 socat -t 3 - TCP:{address}:8080 || true"))
+    };
+    eventually(|| ask("127.0.0.1") == "you said hello", "nobody answers at 127.0.0.1");
+    assert_eq!(ask("[::1]"), "you said hello");
+    assert_eq!(ask(&format!("10.9.{}.2", network.subnet)), "you said hello");
+    // Where nobody listens the connection ends at once.
+    let refused = shell(&format!("echo hello | ip netns exec {} timeout 10 socat -t 5 - TCP:127.0.0.1:9; true", network.name));
+    assert_eq!(refused, "");
+    assert_eq!(pod.status().as_deref(), Some("RUNNING"));
 }
 
 fn the_hosts_own_network_is_refused() {

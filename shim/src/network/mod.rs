@@ -10,7 +10,9 @@
 //! neighbours are read by rtnetlink(7) and replayed in the guest as they are. [`Network::sync`]
 //! brings the guest up to date; it is run at the start and whenever the namespace changes.
 
+mod forward;
 mod netns;
+mod steer;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -33,7 +35,8 @@ use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{IpVersion, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
-pub use self::netns::Netns;
+use self::forward::Forward;
+use self::netns::Netns;
 use crate::sandbox::Sandbox;
 use crate::store::Store;
 
@@ -180,6 +183,15 @@ impl Network {
             entries.len()
         );
         Ok(entries)
+    }
+
+    /// Carries connections that are made within the namespace into the guest, until the machine is
+    /// gone. A host that cannot do without it says so in the log.
+    pub fn forward(&self, sandbox: Arc<Sandbox>) {
+        match Forward::open(&self.netns) {
+            Ok(forward) => drop(tokio::spawn(forward.serve(sandbox))),
+            Err(error) => log::warn!("connections within the pod's network namespace, as of port-forward, will be refused: {error:#}"),
+        }
     }
 
     /// Follows changes of the namespace until the machine is gone.

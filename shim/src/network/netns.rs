@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "ioctls of taps have no safe wrapper")]
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -57,6 +57,11 @@ impl Netns {
             let thread = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, inside).context("start a thread")?;
             thread.join().map_err(|_| anyhow!("the thread in the network namespace ended"))?
         })
+    }
+
+    /// The namespace's descriptor.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Makes a tap whose frames begin with a virtio header; it goes when the last descriptor does.
