@@ -6,6 +6,7 @@
 
 mod cri;
 mod ctr;
+mod deploy;
 mod faults;
 mod host;
 mod io;
@@ -43,7 +44,7 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // One at a time: what a test sees on the node is its own.
     arguments.test_threads = Some(1);
-    let shared = [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, faults::TESTS].concat();
+    let shared = [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, deploy::TESTS, faults::TESTS].concat();
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);

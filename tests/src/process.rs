@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     ("device_rules_are_enforced", device_rules_are_enforced),
     ("signals_end_a_task_with_128_plus_their_number", signals_end_a_task_with_128_plus_their_number),
     ("an_exec_has_its_own_exit_code_and_streams", an_exec_has_its_own_exit_code_and_streams),
+    ("many_execs_at_once_each_have_their_own", many_execs_at_once_each_have_their_own),
     ("a_program_starts_with_no_signal_blocked", a_program_starts_with_no_signal_blocked),
     ("kill_all_reaches_every_process", kill_all_reaches_every_process),
     ("pause_stops_and_resume_continues", pause_stops_and_resume_continues),
@@ -104,6 +105,22 @@ fn an_exec_has_its_own_exit_code_and_streams() {
     assert!(output.stderr.contains("no-such-program"), "{output:?}");
     let output = pod.exec(&["--cwd", "/tmp", "--user", "33"], &["sh", "-c", "pwd; id -u"]);
     assert_eq!(output.stdout, "/tmp\n33\n", "{output:?}");
+    assert_eq!(pod.status().as_deref(), Some("RUNNING"));
+}
+
+/// How many: `CAISSON_TEST_EXECS=100` makes it a hundred, of which an emulated containerd may turn one away.
+fn many_execs_at_once_each_have_their_own() {
+    let count = std::env::var("CAISSON_TEST_EXECS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
+    let pod = Pod::start("execs", &[], "sleep 1000");
+    std::thread::scope(|scope| {
+        for number in 1..=count {
+            let pod = &pod;
+            scope.spawn(move || {
+                let output = pod.exec(&[], &["sh", "-c", &format!("echo {number}; exit {}", number % 100)]);
+                assert_eq!((output.code, output.stdout), (number % 100, format!("{number}\n")), "{}", output.stderr);
+            });
+        }
+    });
     assert_eq!(pod.status().as_deref(), Some("RUNNING"));
 }
 
