@@ -49,7 +49,7 @@ impl Network {
     ///
     /// # Errors
     /// The first that could not be done, and why; those after it are not tried.
-    pub fn configure(&mut self, request: &ConfigureNetworkRequest) -> Result<()> {
+    pub fn configure(&mut self, request: ConfigureNetworkRequest) -> Result<()> {
         self.0.insert(LOOPBACK, LOOPBACK);
         for interface in &request.interfaces {
             let index = bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?;
@@ -60,7 +60,7 @@ impl Network {
         }
         let kernel = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
             .context("open a netlink socket")?;
-        request.messages.iter().try_for_each(|message| replay(&kernel, message.clone(), &self.0))
+        request.messages.into_iter().try_for_each(|message| replay(&kernel, message, &self.0))
     }
 }
 

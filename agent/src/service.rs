@@ -143,7 +143,7 @@ impl Agent for AgentService {
 
     async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
         let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
-        done(network.configure(&request).map_err(Error::Failed))
+        done(network.configure(request).map_err(Error::Failed))
     }
 
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {

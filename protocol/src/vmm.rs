@@ -35,12 +35,15 @@ pub enum Request {
         port: u32,
     },
     /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
-    /// a virtio header of 12 bytes, not blocking.
+    /// a virtio header of [`NIC_HEADER`] bytes, not blocking.
     AttachNic(Nic),
 }
 
 /// Network interfaces that a VM has place for.
 pub const NICS: u32 = 8;
+
+/// Bytes before each frame of a tap: `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
+pub const NIC_HEADER: usize = 12;
 
 /// A network interface of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

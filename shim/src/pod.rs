@@ -23,7 +23,7 @@ use crate::container::{Container, ShareFolder, TaskId, remove_share_folder};
 use crate::errors::{Error, Result};
 use crate::events::{Events, timestamp};
 use crate::flags::check_name;
-use crate::network::Network;
+use crate::network::{self, Network};
 use crate::process::Process;
 use crate::sandbox::Sandbox;
 use crate::spec::{Siblings, Spec};
@@ -77,13 +77,10 @@ impl Running {
     /// Connects a pod that was given no network namespace to what was put into that of its first
     /// process, which is the monitor on the host, as `ctr run --cni` does before it starts the task.
     async fn connect_late(&self) -> anyhow::Result<()> {
-        let monitor = Path::new("/proc").join(self.sandbox.vmm.pid().to_string());
-        let devices = std::fs::read_to_string(monitor.join("net/dev")).unwrap_or_default();
-        // Two lines of headings, and the loopback interface.
-        if self.network.initialized() || devices.lines().count() <= 3 {
-            return Ok(());
+        match network::filled_namespace(self.sandbox.vmm.pid()) {
+            Some(path) if !self.network.initialized() => self.connect(&path).await,
+            _ => Ok(()),
         }
-        self.connect(&monitor.join("ns/net")).await
     }
 }
 
@@ -299,7 +296,9 @@ impl Pod {
             return Err(Error::Precondition(format!("{}: it was started before", describe(id, exec))));
         }
         process.keep_input();
-        machine.connect_late().await.map_err(Error::Failed)?;
+        if exec.is_empty() {
+            machine.connect_late().await.map_err(|error| Error::Failed(error.context(describe(id, exec))))?;
+        }
         if let Err(error) = machine.sandbox.agent.start(id, exec).await {
             if !exec.is_empty() {
                 process.close_streams(&machine.sandbox).await;

@@ -5,8 +5,9 @@
 //! through the shim.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use caisson_protocol::vmm::{Ends, Offer};
@@ -20,6 +21,8 @@ use crate::vmm::StreamState;
 
 /// Connections at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 256;
+/// After a connection that could not be accepted.
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// The listeners of a namespace.
 pub struct Forward {
@@ -59,8 +62,11 @@ impl Forward {
                 accepted = self.v4.accept() => accepted,
                 accepted = accept(self.v6.as_ref()) => accepted,
             };
-            // A caller that has gone again is nobody's problem.
-            let Ok((connection, _)) = accepted else { continue };
+            let Ok((connection, _)) = accepted else {
+                // A caller that has gone again, or no descriptor left, which lasts a while.
+                tokio::time::sleep(RETRY_DELAY).await;
+                continue;
+            };
             let sandbox = Arc::clone(&sandbox);
             tokio::spawn(async move {
                 if let Err(error) = carry(&sandbox, connection).await {

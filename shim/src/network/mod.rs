@@ -234,6 +234,14 @@ impl Network {
     }
 }
 
+/// The network namespace of a process, when something was put into it beside the loopback interface.
+pub fn filled_namespace(pid: u32) -> Option<PathBuf> {
+    let process = Path::new("/proc").join(pid.to_string());
+    let devices = std::fs::read_to_string(process.join("net/dev")).ok()?;
+    // Two lines of headings, and the loopback interface.
+    (devices.lines().count() > 3).then(|| process.join("ns/net"))
+}
+
 /// Takes off a namespace what a pod's network put there; what is gone already is no error.
 ///
 /// # Errors

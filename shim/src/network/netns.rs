@@ -8,6 +8,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
+use caisson_protocol::vmm::NIC_HEADER;
 use nix::sched::{CloneFlags, setns};
 
 nix::ioctl_write_ptr_bad!(
@@ -18,8 +19,8 @@ nix::ioctl_write_ptr_bad!(
     /// `TUNSETVNETHDRSZ` (linux/if_tun.h): bytes of the header before each frame.
     tun_set_header_size, libc::TUNSETVNETHDRSZ, libc::c_int
 );
-/// `struct virtio_net_hdr_v1` (virtio 1.2, 5.1.6).
-static HEADER: libc::c_int = 12;
+/// As the kernel reads it.
+static HEADER: libc::c_int = NIC_HEADER as libc::c_int;
 
 /// A network namespace that is not the shim's own.
 pub struct Netns(File);
@@ -59,17 +60,18 @@ impl Netns {
         })
     }
 
-    /// The namespace's descriptor.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-
     /// Makes a tap whose frames begin with a virtio header; it goes when the last descriptor does.
     ///
     /// # Errors
     /// When `/dev/net/tun` is missing or the name is taken.
     pub fn make_tap(&self, name: &str) -> Result<File> {
         self.run(|| open_tap(name).with_context(|| format!("make the tap {name}")))
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

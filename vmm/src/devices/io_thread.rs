@@ -95,8 +95,8 @@ enum NetPlace {
     Attached(File),
     InService {
         server: NetServer,
-        /// The tap is not watched because the guest has no room.
-        full: bool,
+        /// Whether the tap is in the thread's epoll.
+        watched: bool,
     },
 }
 
@@ -221,12 +221,12 @@ impl IoThread {
         self.watch(server.rx_kick(), first + NET_RX)?;
         self.watch(server.tx_kick(), first + NET_TX)?;
         self.watch(server.tap(), first + NET_TAP)?;
-        self.nets[place] = NetPlace::InService { server, full: false };
+        self.nets[place] = NetPlace::InService { server, watched: true };
         Ok(())
     }
 
     fn serve_net(&mut self, place: u64, source: u64) -> io::Result<()> {
-        let Some(NetPlace::InService { server, full }) = self.nets.get_mut(place as usize) else { return Ok(()) };
+        let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place as usize) else { return Ok(()) };
         match source + NET_RX {
             NET_TX => {
                 // With more to do the thread comes back by itself.
@@ -240,11 +240,11 @@ impl IoThread {
         }
         server.receive();
         // A tap that nobody can take from would keep the thread awake.
-        if server.is_full() != *full {
-            *full = server.is_full();
-            let interest = if *full { EventSet::empty() } else { EventSet::IN };
+        if server.wants_frames() != *watched {
+            *watched = server.wants_frames();
+            let operation = if *watched { ControlOperation::Add } else { ControlOperation::Delete };
             let token = NET_TAP + NET_TOKENS * place;
-            self.epoll.ctl(ControlOperation::Modify, server.tap().as_raw_fd(), EpollEvent::new(interest, token))?;
+            self.epoll.ctl(operation, server.tap().as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock};
 
-use caisson_protocol::vmm::Nic;
+use caisson_protocol::vmm::{NIC_HEADER, Nic};
 use virtio_queue::Writer;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -52,12 +52,10 @@ const FEATURES: u64 = QUEUE_FEATURES
     | 1 << F_HOST_ECN
     | 1 << F_MRG_RXBUF;
 
-/// `struct virtio_net_hdr_v1` (5.1.6); taps are set up to speak it.
-const HEADER: usize = 12;
 /// Where the header holds the number of buffers.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 /// The largest frame: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
-const MAX_FRAME: usize = HEADER + 14 + 2 * 4 + (64 << 10);
+const MAX_FRAME: usize = NIC_HEADER + 14 + 2 * 4 + (64 << 10);
 /// Frames each way before the thread looks after its other work.
 const BUDGET: usize = 64;
 
@@ -136,6 +134,8 @@ pub struct NetServer {
     incoming: Box<[u8]>,
     /// Bytes in `incoming` that the guest had no room for.
     waiting: usize,
+    /// The interface of the tap was taken away.
+    gone: bool,
     /// Heads of the chains of one frame, with the bytes in each; kept for its allocation.
     used: Vec<(u16, u32)>,
 }
@@ -158,6 +158,7 @@ impl NetServer {
             outgoing: vec![0; MAX_FRAME].into(),
             incoming: vec![0; MAX_FRAME].into(),
             waiting: 0,
+            gone: false,
             used: Vec::new(),
         })
     }
@@ -177,9 +178,10 @@ impl NetServer {
         &self.tap
     }
 
-    /// Whether the tap is not to be read because the guest has no room.
-    pub fn is_full(&self) -> bool {
-        self.waiting > 0
+    /// Whether the tap is to be watched: the guest has room, and the interface is still there. A tap
+    /// that is gone is ready for ever.
+    pub fn wants_frames(&self) -> bool {
+        self.waiting == 0 && !self.gone
     }
 
     /// Sends what the guest has made available, at most [`BUDGET`] frames; true when there is more.
@@ -215,9 +217,12 @@ impl NetServer {
         for _ in 0..BUDGET {
             if self.waiting == 0 {
                 match self.tap.read(&mut self.incoming) {
-                    Ok(length) if length >= HEADER => self.waiting = length,
-                    // Nothing more, or an interface that is gone.
-                    _ => break,
+                    Ok(length) if length >= NIC_HEADER => self.waiting = length,
+                    Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
+                    _ => {
+                        self.gone = true;
+                        break;
+                    }
                 }
             }
             if !self.deliver() {
@@ -264,7 +269,7 @@ impl NetServer {
 fn copy_out(memory: &GuestMemory, chain: Chain<'_>, frame: &mut [u8]) -> Option<usize> {
     let mut reader = chain.reader(memory).ok()?;
     let length = reader.available_bytes();
-    if !(HEADER..=frame.len()).contains(&length) {
+    if !(NIC_HEADER..=frame.len()).contains(&length) {
         return None;
     }
     reader.read_exact(&mut frame[..length]).ok()?;
@@ -360,7 +365,7 @@ mod tests {
         driver.memory.read_slice(&mut got, GuestAddress(BUFFERS)).unwrap();
         assert_eq!((&got[..10], &got[12..]), (&frame[..10], &frame[12..]));
         assert_eq!((got[10], driver.used(&driver.server.rx)), (3, 3));
-        assert!(!driver.server.is_full());
+        assert!(driver.server.wants_frames());
     }
 
     #[test]
@@ -368,8 +373,19 @@ mod tests {
         let mut driver = Driver::new(&[(BUFFERS, 16, WRITE)], &[]);
         driver.host.send(&[1; 40]).unwrap();
         driver.server.receive();
-        assert!(driver.server.is_full());
+        assert!(!driver.server.wants_frames());
         assert_eq!(driver.used(&driver.server.rx), 0);
+    }
+
+    #[test]
+    fn a_tap_that_is_gone_is_not_watched_any_more() {
+        let mut driver = Driver::new(&[(BUFFERS, 64, WRITE)], &[]);
+        driver.server.receive();
+        assert!(driver.server.wants_frames());
+        // It reads as one whose interface was taken away: at once, and no frame.
+        driver.server.tap = File::open("/dev/null").unwrap();
+        driver.server.receive();
+        assert!(!driver.server.wants_frames());
     }
 
     #[test]
