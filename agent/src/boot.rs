@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use caisson_protocol::guest::{SHARE_DIR, SHARE_TAG, SHM_DIR};
+use caisson_protocol::agent::PodFile;
+use caisson_protocol::guest::{POD_FILES_DIR, SHARE_DIR, SHARE_TAG, SHM_DIR};
 use nix::mount::{MsFlags, mount};
 
 use crate::cgroup::enable_controllers;
@@ -72,6 +73,20 @@ pub fn resize_shm(bytes: u64) -> Result<()> {
     let options = format!("mode=1777,size={bytes}");
     let flags = NO_EXEC | MsFlags::MS_REMOUNT;
     mount(None::<&str>, SHM_DIR, None::<&str>, flags, Some(options.as_str())).context("size the pod's shared memory")
+}
+
+/// Keeps the pod's files where its containers' mounts expect them.
+pub fn keep_files(files: &[PodFile]) -> Result<()> {
+    let folder = Path::new(POD_FILES_DIR);
+    if !files.is_empty() {
+        std::fs::create_dir_all(folder).with_context(|| format!("create {POD_FILES_DIR}"))?;
+    }
+    for file in files {
+        let name = Path::new(&file.name).file_name().filter(|name| name.to_str() == Some(&file.name));
+        let path = folder.join(name.with_context(|| format!("pod file {:?}: it is no plain name", file.name))?);
+        std::fs::write(&path, &file.content).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Lays a bind mount of the root over the root and moves onto it.

@@ -1,12 +1,16 @@
 //! A container's cgroup (Linux `Documentation/admin-guide/cgroup-v2.rst`).
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use caisson_protocol::agent::{IoStats, StatsResponse};
 use nix::unistd::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::sys;
 
@@ -24,6 +28,11 @@ impl Cgroup {
     /// The cgroup of a container, which need not exist.
     pub fn of(container: &str) -> Self {
         Self(PathBuf::from(format!("{MOUNT}{PARENT}/{container}")))
+    }
+
+    /// The one that all containers' lie in.
+    pub fn all() -> Self {
+        Self(PathBuf::from(format!("{MOUNT}{PARENT}")))
     }
 
     /// Its folder.
@@ -100,11 +109,36 @@ impl Cgroup {
     }
 
     /// Applies new limits. What is not mentioned stays.
+    ///
+    /// Limits on what only the host has (its processors and memory nodes by number, its page
+    /// sizes, its disks) are not the guest's to enforce; they are passed over.
     pub fn update(&self, resources: &oci_spec::runtime::LinuxResources) -> Result<()> {
         for (file, value) in limits(resources) {
-            self.write(&file, &value)?;
+            if self.is_of_the_host(&file, &value) {
+                continue;
+            }
+            match std::fs::write(self.0.join(&file), &value) {
+                Err(error) if file == "io.max" && error.raw_os_error() == Some(libc::ENODEV) => {}
+                outcome => outcome.with_context(|| format!("write {value:?} to the container's {file}"))?,
+            }
         }
         Ok(())
+    }
+
+    fn is_of_the_host(&self, file: &str, value: &str) -> bool {
+        match file {
+            "cpuset.cpus" | "cpuset.mems" => {
+                let has = std::fs::read_to_string(Path::new(MOUNT).join(format!("{file}.effective"))).unwrap_or_default();
+                !is_within(value, &has)
+            }
+            _ => file.starts_with("hugetlb.") && !self.0.join(file).exists(),
+        }
+    }
+
+    /// Follows how often processes in it are killed for want of memory.
+    pub fn memory_events(&self) -> Result<MemoryEvents> {
+        let file = File::open(self.0.join("memory.events")).context("open the container's memory.events")?;
+        Ok(MemoryEvents(sys::watch_exceptions(file).context("watch the container's memory.events")?))
     }
 
     /// Its counters.
@@ -137,6 +171,39 @@ impl Cgroup {
     pub fn oom_kills(&self) -> u64 {
         std::fs::read_to_string(self.0.join("memory.events")).ok().and_then(|text| parse_table(&text).get("oom_kill").copied()).unwrap_or(0)
     }
+}
+
+/// An open memory.events.
+pub struct MemoryEvents(AsyncFd<File>);
+
+impl MemoryEvents {
+    /// How many processes were killed for want of memory.
+    pub fn oom_kills(&self) -> Result<u64> {
+        let mut text = [0; 512];
+        let size = self.0.get_ref().read_at(&mut text, 0).context("read memory.events")?;
+        let table = parse_table(&String::from_utf8_lossy(&text[..size]));
+        Ok(table.get("oom_kill").copied().unwrap_or(0))
+    }
+
+    /// Waits until something in the file has changed since it was read.
+    pub async fn changed(&mut self) -> Result<()> {
+        self.0.ready_mut(Interest::PRIORITY).await.context("wait for memory.events")?.clear_ready();
+        Ok(())
+    }
+}
+
+/// Whether every number of a kernel list (`0-2,5`) is in another one.
+fn is_within(list: &str, other: &str) -> bool {
+    let numbers = |list: &str| -> Option<Vec<std::ops::RangeInclusive<u32>>> {
+        let range = |part: &str| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
+        };
+        list.trim().split(',').map(range).collect()
+    };
+    let (Some(list), Some(other)) = (numbers(list), numbers(other)) else { return false };
+    // Ranges of the kernel's own list never touch, so one of them holds all of a range.
+    list.iter().all(|range| other.iter().any(|has| has.contains(range.start()) && has.contains(range.end())))
 }
 
 /// Lets the children of a cgroup use every controller that it has.
@@ -207,14 +274,15 @@ fn limits(resources: &oci_spec::runtime::LinuxResources) -> Vec<(String, String)
     let mut set = |file: &str, value: String| files.push((file.to_owned(), value));
     let or_max = |value: i64| if value < 0 { "max".to_owned() } else { value.to_string() };
     if let Some(memory) = resources.memory() {
-        if let Some(limit) = memory.limit() {
+        // Zero means that nothing is asked for.
+        if let Some(limit) = memory.limit().filter(|limit| *limit != 0) {
             set("memory.max", or_max(limit));
         }
-        if let (Some(swap), Some(limit)) = (memory.swap(), memory.limit()) {
+        if let (Some(swap), Some(limit)) = (memory.swap().filter(|swap| *swap != 0), memory.limit()) {
             // OCI counts memory and swap together.
             set("memory.swap.max", if swap < 0 { "max".into() } else { (swap - limit).max(0).to_string() });
         }
-        if let Some(reservation) = memory.reservation() {
+        if let Some(reservation) = memory.reservation().filter(|reservation| *reservation != 0) {
             set("memory.low", or_max(reservation));
         }
     }
@@ -284,6 +352,12 @@ mod tests {
         assert_eq!(parse_table("low 0\noom_kill 2\n")["oom_kill"], 2);
         let io = parse_io("253:0 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n\n");
         assert_eq!((io[0].major, io[0].read_bytes, io[0].read_ios), (253, 4096, 1));
+    }
+
+    #[test]
+    fn a_processor_that_the_guest_lacks_is_found() {
+        assert!(is_within("0", "0-1\n") && is_within("0-1,3", "0-3") && is_within("1", "0-1"));
+        assert!(!is_within("2-3", "0-1\n") && !is_within("1-2", "0-1") && !is_within("x", "0-1"));
     }
 
     #[test]

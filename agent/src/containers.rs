@@ -107,14 +107,15 @@ impl Containers {
 
     /// Makes a container up to the point where its process waits to be started.
     ///
-    /// Returns that process's id.
-    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<u32, Error> {
+    /// Mounts within its volumes are found first. Returns that process's id.
+    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio, inner_mounts: Vec<String>) -> Result<u32, Error> {
         check_id(id)?;
         let process = self.insert(id, "", stdio.clone())?;
         let mut process = process.lock().await;
         let container = id.to_owned();
         let made = blocking(move || {
             let spec = prepare_bundle(&container, &spec)?;
+            inner_mounts.iter().for_each(|path| find_mount(path));
             let cgroup = Cgroup::of(&container);
             cgroup.create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
             devices::restrict(&cgroup, &spec)?;
@@ -204,6 +205,26 @@ impl Containers {
         let mut exit = exit.ok_or_else(|| Error::Precondition(format!("{}: not started", name(container, exec))))?;
         let exit = exit.wait_for(Option::is_some).await.map_err(|_| Error::NotFound(name(container, exec)))?;
         exit.ok_or_else(|| Error::NotFound(name(container, exec)))
+    }
+
+    /// Waits until more than `known` processes of a container were killed for want of memory, and
+    /// returns how many were.
+    pub async fn wait_oom(&self, container: &str, known: u64) -> Result<u64, Error> {
+        let gone = || Error::Precondition(format!("{}: has exited", name(container, "")));
+        let exit = self.find(container, "")?.lock().await.exit.clone();
+        let mut exit = exit.ok_or_else(gone)?;
+        let mut events = Cgroup::of(container).memory_events()?;
+        loop {
+            let kills = events.oom_kills()?;
+            if kills > known {
+                return Ok(kills);
+            }
+            tokio::select! {
+                changed = events.changed() => changed?,
+                // How many there were by then is in the exit.
+                _ = exit.wait_for(Option::is_some) => return Err(gone()),
+            }
+        }
     }
 
     /// Sends a signal to a process, or to all processes of a container.
@@ -308,6 +329,12 @@ fn prepare_bundle(id: &str, spec: &[u8]) -> anyhow::Result<oci_spec::runtime::Sp
     std::fs::create_dir_all(bundle_dir(id)).context("create the bundle")?;
     std::fs::write(spec_file(id), spec).context("write the container's specification")?;
     Ok(parsed)
+}
+
+/// Goes to where the host has mounted something within a volume: the guest mounts it, too.
+fn find_mount(path: &str) {
+    // What is gone by now is not mounted there.
+    let _ = std::fs::read_dir(path);
 }
 
 /// Removes all that a container left in the guest.

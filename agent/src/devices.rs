@@ -4,13 +4,18 @@
 //! (`BPF_PROG_TYPE_CGROUP_DEVICE`). Its context is three 32-bit words: access and type, major, minor.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
+use caisson_sys::bpf::{self, Instruction};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 use crate::cgroup::Cgroup;
-use crate::sys::{self, Instruction};
 
+/// `BPF_PROG_TYPE_CGROUP_DEVICE`, `BPF_CGROUP_DEVICE`, `BPF_F_ALLOW_MULTI` of linux/bpf.h.
+const DEVICE_PROGRAM: u32 = 15;
+const DEVICE_ACCESS: u32 = 6;
+const ALLOW_MULTI: u32 = 2;
 /// `BPF_DEVCG_*` of linux/bpf.h.
 const BLOCK: i32 = 1;
 const CHAR: i32 = 2;
@@ -58,7 +63,8 @@ pub fn restrict(cgroup: &Cgroup, spec: &Spec) -> Result<()> {
     let mut rules: Vec<Rule> = devices.iter().flat_map(rule).collect();
     rules.extend_from_slice(DEFAULT);
     let dir = File::open(cgroup.dir()).context("open the container's cgroup")?;
-    sys::attach_device_program(&dir, &program(&rules)).context("enforce the container's device rules")
+    let program = bpf::load(DEVICE_PROGRAM, DEVICE_ACCESS, &program(&rules)).context("load the container's device rules")?;
+    bpf::attach(dir.as_fd(), program.as_fd(), DEVICE_ACCESS, ALLOW_MULTI).context("enforce the container's device rules")
 }
 
 fn rule(device: &LinuxDeviceCgroup) -> Option<Rule> {
@@ -100,43 +106,39 @@ const JUMP_EQUAL: u8 = 0x15;
 const JUMP_NOT_EQUAL: u8 = 0x55;
 const EXIT: u8 = 0x95;
 
-fn op(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: destination | source << 4, offset, immediate }
-}
-
 /// The program: the last rule that matches decides; what no rule matches is denied.
 fn program(rules: &[Rule]) -> Vec<Instruction> {
     // Register 1 holds the context at entry, and is free once it was read.
     let mut program = vec![
-        op(LOAD_WORD, KIND, SCRATCH, 0, 0),
-        op(AND, KIND, 0, 0, 0xffff),
-        op(LOAD_WORD, ACCESS, SCRATCH, 0, 0),
-        op(SHIFT_RIGHT, ACCESS, 0, 0, 16),
-        op(LOAD_WORD, MAJOR, SCRATCH, 4, 0),
-        op(LOAD_WORD, MINOR, SCRATCH, 8, 0),
+        Instruction::new(LOAD_WORD, KIND, SCRATCH, 0, 0),
+        Instruction::new(AND, KIND, 0, 0, 0xffff),
+        Instruction::new(LOAD_WORD, ACCESS, SCRATCH, 0, 0),
+        Instruction::new(SHIFT_RIGHT, ACCESS, 0, 0, 16),
+        Instruction::new(LOAD_WORD, MAJOR, SCRATCH, 4, 0),
+        Instruction::new(LOAD_WORD, MINOR, SCRATCH, 8, 0),
     ];
     for rule in rules.iter().rev() {
         let mut block = Vec::new();
         if let Some(kind) = rule.kind {
-            block.push(op(JUMP_NOT_EQUAL, KIND, 0, 0, kind));
+            block.push(Instruction::new(JUMP_NOT_EQUAL, KIND, 0, 0, kind));
         }
-        block.push(op(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0));
+        block.push(Instruction::new(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0));
         if rule.allow {
             // Allowed only when nothing else is asked for.
-            block.push(op(AND, SCRATCH, 0, 0, !rule.access));
-            block.push(op(JUMP_NOT_EQUAL, SCRATCH, 0, 0, 0));
+            block.push(Instruction::new(AND, SCRATCH, 0, 0, !rule.access));
+            block.push(Instruction::new(JUMP_NOT_EQUAL, SCRATCH, 0, 0, 0));
         } else {
             // Denied as soon as one of them is asked for.
-            block.push(op(AND, SCRATCH, 0, 0, rule.access));
-            block.push(op(JUMP_EQUAL, SCRATCH, 0, 0, 0));
+            block.push(Instruction::new(AND, SCRATCH, 0, 0, rule.access));
+            block.push(Instruction::new(JUMP_EQUAL, SCRATCH, 0, 0, 0));
         }
         for (register, number) in [(MAJOR, rule.major), (MINOR, rule.minor)] {
             if let Some(number) = number {
-                block.push(op(JUMP_NOT_EQUAL, register, 0, 0, number));
+                block.push(Instruction::new(JUMP_NOT_EQUAL, register, 0, 0, number));
             }
         }
-        block.push(op(MOVE, RESULT, 0, 0, i32::from(rule.allow)));
-        block.push(op(EXIT, 0, 0, 0, 0));
+        block.push(Instruction::new(MOVE, RESULT, 0, 0, i32::from(rule.allow)));
+        block.push(Instruction::new(EXIT, 0, 0, 0, 0));
         // Every jump goes to the next rule: to the end of this block.
         let end = block.len();
         for (index, instruction) in block.iter_mut().enumerate() {
@@ -146,8 +148,8 @@ fn program(rules: &[Rule]) -> Vec<Instruction> {
         }
         program.extend(block);
     }
-    program.push(op(MOVE, RESULT, 0, 0, 0));
-    program.push(op(EXIT, 0, 0, 0, 0));
+    program.push(Instruction::new(MOVE, RESULT, 0, 0, 0));
+    program.push(Instruction::new(EXIT, 0, 0, 0, 0));
     program
 }
 

@@ -7,7 +7,7 @@
 //! (docs/decisions/007 says why no netlink library does it).
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -66,11 +66,17 @@ impl Network {
 
 /// Connects to a TCP address here, and that with a port of the host, both ways until both have ended.
 ///
+/// Of the two loopback addresses either will do: the caller cannot know which one a server listens on.
+///
 /// # Errors
 /// When nobody listens at the address.
 pub async fn forward(target: &str, port: u32) -> Result<()> {
     let address: SocketAddr = target.parse().with_context(|| format!("read the address {target:?}"))?;
-    let connect = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
+    let mut addresses = vec![address];
+    if address.ip() == Ipv4Addr::LOCALHOST {
+        addresses.push((Ipv6Addr::LOCALHOST, address.port()).into());
+    }
+    let connect = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(addresses.as_slice())).await;
     let mut inside =
         connect.context("it did not answer").and_then(|stream| Ok(stream?)).with_context(|| format!("connect to {address}"))?;
     let mut outside = streams::connect(port).and_then(streams::into_async).context("connect to the host")?;

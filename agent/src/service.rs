@@ -8,7 +8,7 @@ use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
     ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse,
-    StatsResponse, UpdateRequest, WaitResponse,
+    StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -21,8 +21,6 @@ use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error};
 use crate::network::{self, Network};
 
-/// How often memory.events is looked at for a container that someone waits for.
-const OOM_POLL: Duration = Duration::from_millis(200);
 /// From the answer to a shutdown to the reset, so that the answer arrives.
 const SHUTDOWN_DELAY: Duration = Duration::from_millis(10);
 
@@ -75,7 +73,7 @@ impl Agent for AgentService {
     }
 
     async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
-        let pid = answer(self.containers.create(&request.id, request.spec, request.stdio.unwrap_or_default()).await)?;
+        let pid = answer(self.containers.create(&request.id, request.spec, request.stdio.unwrap_or_default(), request.inner_mounts).await)?;
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
     }
 
@@ -90,7 +88,9 @@ impl Agent for AgentService {
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
         let exit = answer(self.containers.wait(&request.container, &request.exec).await)?;
-        Ok(WaitResponse { exit_status: exit.status, exited_at_ns: exit.at_ns, ..WaitResponse::default() })
+        // Gone already when the container was deleted meanwhile.
+        let oom_kills = self.containers.cgroup(&request.container).map_or(0, |cgroup| cgroup.oom_kills());
+        Ok(WaitResponse { exit_status: exit.status, exited_at_ns: exit.at_ns, oom_kills, ..WaitResponse::default() })
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
@@ -108,7 +108,9 @@ impl Agent for AgentService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
-        answer(self.containers.cgroup(&request.container)).map(|cgroup| cgroup.stats())
+        // Without a name, those of all containers together.
+        let cgroup = if request.container.is_empty() { Ok(Cgroup::all()) } else { self.containers.cgroup(&request.container) };
+        answer(cgroup).map(|cgroup| cgroup.stats())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
@@ -130,15 +132,9 @@ impl Agent for AgentService {
         done(self.containers.delete(&request.container, &request.exec).await)
     }
 
-    async fn wait_oom(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
-        let before = answer(self.containers.cgroup(&request.container))?.oom_kills();
-        loop {
-            tokio::time::sleep(OOM_POLL).await;
-            // Ends with the container.
-            if answer(self.containers.cgroup(&request.container))?.oom_kills() > before {
-                return Ok(Empty::new());
-            }
-        }
+    async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> Result<WaitOomResponse> {
+        let oom_kills = answer(self.containers.wait_oom(&request.container, request.known).await)?;
+        Ok(WaitOomResponse { oom_kills, ..WaitOomResponse::default() })
     }
 
     async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
@@ -181,5 +177,5 @@ fn greet(request: &HelloRequest) -> anyhow::Result<()> {
     if request.shm_bytes > 0 {
         boot::resize_shm(request.shm_bytes)?;
     }
-    Ok(())
+    boot::keep_files(&request.files)
 }

@@ -3,11 +3,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// kill(2) with a number that may be a real-time signal.
 pub fn kill(pid: Pid, signal: i32) -> nix::Result<()> {
@@ -60,75 +61,6 @@ pub fn interface_up(socket: &OwnedFd, name: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// One instruction of a BPF program (Linux `Documentation/bpf/instruction-set.rst`).
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instruction {
-    /// Operation.
-    pub code: u8,
-    /// Destination register in the low four bits, source in the high ones.
-    pub registers: u8,
-    /// Jump or memory offset.
-    pub offset: i16,
-    /// Constant.
-    pub immediate: i32,
-}
-
-const BPF_PROG_LOAD: libc::c_long = 5;
-const BPF_PROG_ATTACH: libc::c_long = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// The part of `union bpf_attr` that loading reads.
-#[repr(C)]
-struct LoadAttributes {
-    kind: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-}
-
-/// The part of `union bpf_attr` that attaching reads.
-#[repr(C)]
-struct AttachAttributes {
-    target: u32,
-    program: u32,
-    kind: u32,
-    flags: u32,
-}
-
-/// Loads a device program and attaches it to a cgroup, for as long as the cgroup lives.
-pub fn attach_device_program(cgroup: &File, program: &[Instruction]) -> io::Result<()> {
-    let load = LoadAttributes {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        count: program.len() as u32,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log: 0,
-        kernel_version: 0,
-        flags: 0,
-    };
-    // SAFETY: the attributes and the program that they point to live through the call, and the size is theirs.
-    let loaded = descriptor(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<LoadAttributes>()) })?;
-    let attach = AttachAttributes {
-        target: cgroup.as_raw_fd().cast_unsigned(),
-        program: loaded.as_raw_fd().cast_unsigned(),
-        kind: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: the attributes live through the call, and the size is theirs.
-    Errno::result(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<AttachAttributes>()) })?;
-    Ok(())
-}
-
 /// Opens a descriptor that stands for a process.
 pub fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two numbers.
@@ -140,6 +72,12 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     let fd = i32::try_from(Errno::result(result)?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits for a file's exceptional events, as those of cgroup and proc files are.
+pub fn watch_exceptions(file: File) -> io::Result<AsyncFd<File>> {
+    // SAFETY: a File's descriptor is its own and stays open as long as it lives, which is in there.
+    unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.map_err(Into::into)
 }
 
 /// Sets the domain name of the calling process's UTS namespace.
@@ -179,60 +117,4 @@ pub fn open_terminal_peer(master: &File) -> io::Result<File> {
 pub fn control_terminal(terminal: &File) -> io::Result<()> {
     // SAFETY: TIOCSCTTY takes a number.
     Ok(Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)?)
-}
-
-/// Attributes of a mount to set and to clear (`MOUNT_ATTR_*` of mount_setattr(2)).
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Attributes {
-    /// To set.
-    pub set: u64,
-    /// To clear first.
-    pub clear: u64,
-}
-
-/// A copy of the mount at `path` below `folder`, with all below it or without, not attached anywhere.
-pub fn open_tree(folder: impl AsFd, path: &Path, below: bool) -> io::Result<OwnedFd> {
-    let path = c_path(path)?;
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | if below { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
-    // SAFETY: the path ends in a zero and lives through the call.
-    descriptor(unsafe { libc::syscall(libc::SYS_open_tree, folder.as_fd().as_raw_fd(), path.as_ptr(), flags) })
-}
-
-/// A copy of the mount of an open file, not attached anywhere.
-pub fn clone_mount_of(file: &File) -> io::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
-    // SAFETY: the path is an empty string with its zero.
-    descriptor(unsafe { libc::syscall(libc::SYS_open_tree, file.as_raw_fd(), c"".as_ptr(), flags) })
-}
-
-/// Attaches a mount that is not attached yet.
-pub fn move_mount(tree: &OwnedFd, target: &Path) -> io::Result<()> {
-    let target = c_path(target)?;
-    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_SYMLINKS | libc::MOVE_MOUNT_T_AUTOMOUNTS;
-    // SAFETY: both paths end in a zero and live through the call.
-    let result = unsafe { libc::syscall(libc::SYS_move_mount, tree.as_raw_fd(), c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags) };
-    Ok(Errno::result(result).map(drop)?)
-}
-
-/// Changes the attributes of a mount, or of all mounts from it on.
-pub fn set_mount_attributes(mount: &impl AsFd, attributes: Attributes, below: bool) -> io::Result<()> {
-    let attr = libc::mount_attr { attr_set: attributes.set, attr_clr: attributes.clear, propagation: 0, userns_fd: 0 };
-    let flags = libc::AT_EMPTY_PATH | if below { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the attributes and the empty path live through the call, and the size is theirs.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_fd().as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            &raw const attr,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    Ok(Errno::result(result).map(drop)?)
-}
-
-fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
-    use std::os::unix::ffi::OsStrExt;
-    std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }

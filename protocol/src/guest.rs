@@ -28,6 +28,13 @@ pub const POD_ANNOTATIONS: &[(&str, &str)] = &[
 /// Where the guest has the shared memory that all containers of a pod see as their /dev/shm.
 pub const SHM_DIR: &str = "/dev/shm";
 
+/// Where the guest keeps the files that all containers of a pod see in their /etc, when the shim
+/// and not containerd makes the pod's sandbox.
+pub const POD_FILES_DIR: &str = "/run/caisson/files";
+
+/// The program of a container that only holds a pod's namespaces; the agent itself does what it does.
+pub const PAUSE: &str = "/pause";
+
 /// Bytes at the end of guest memory in which the kernel leaves the log of a panic (ramoops).
 pub const PANIC_LOG_BYTES: u64 = 64 << 10;
 

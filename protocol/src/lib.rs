@@ -7,11 +7,13 @@
 //! * [`vmm`]: shim to VMM, by JSON messages with file descriptors over a control socket;
 //! * [`fs`]: shim to virtio-fs server, likewise;
 //! * [`config`]: `/etc/caisson/config.toml` and the `io.caisson.*` annotations;
+//! * [`cri`]: kubelet's description of a pod, as far as the shim reads it (`cri.proto`);
 //! * [`guest`]: what host and guest agree on without saying it: ports, paths, tags;
 //! * [`record`]: what a pod keeps on disk so that it can be listed and undone.
 
 pub mod agent;
 pub mod config;
+pub mod cri;
 pub mod fs;
 pub mod guest;
 pub mod record;

@@ -9,12 +9,14 @@ use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ForwardRequest, HelloRequest,
-    HelloResponse, Interface, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context as CallContext;
 
+use crate::cri;
 use crate::errors::{Error, Result};
 use crate::vmm::Ended;
 
@@ -25,12 +27,19 @@ pub struct Exit {
     pub status: u32,
     /// When.
     pub at: SystemTime,
+    /// Processes of its container that the kernel had killed for want of memory by then.
+    pub oom_kills: u64,
 }
 
 impl Exit {
     /// Of a process whose machine is gone: as if killed, now.
     pub fn killed() -> Self {
-        Self { status: 128 + libc::SIGKILL.unsigned_abs(), at: SystemTime::now() }
+        Self::now(128 + libc::SIGKILL.unsigned_abs())
+    }
+
+    /// Of a process that ends now, by our word and not the guest's.
+    pub fn now(status: u32) -> Self {
+        Self { status, at: SystemTime::now(), oom_kills: 0 }
     }
 }
 
@@ -87,12 +96,19 @@ impl Agent {
         }
     }
 
-    /// Exchanges versions and hands over time, name and the size of shared memory (0: the guest's
-    /// own choice). The caller bounds the wait.
-    pub async fn hello(&self, hostname: &str, shm_bytes: u64) -> Result<HelloResponse> {
+    /// Exchanges versions and hands over time, name, the size of shared memory (0: the guest's
+    /// own choice) and the pod's files. The caller bounds the wait.
+    pub async fn hello(&self, hostname: &str, shm_bytes: u64, files: &[cri::PodFile]) -> Result<HelloResponse> {
         let time_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(0));
-        let request =
-            HelloRequest { version: VERSION.into(), time_ns, hostname: hostname.to_owned(), shm_bytes, ..HelloRequest::default() };
+        let files = files.iter().map(|file| PodFile { name: file.name.into(), content: file.content.clone(), ..PodFile::default() });
+        let request = HelloRequest {
+            version: VERSION.into(),
+            time_ns,
+            hostname: hostname.to_owned(),
+            shm_bytes,
+            files: files.collect(),
+            ..HelloRequest::default()
+        };
         let answer = self.until_ended(self.client.hello(none(), &request)).await?;
         if answer.version != VERSION {
             return Err(Error::Precondition(format!(
@@ -108,9 +124,16 @@ impl Agent {
         self.call("health check", self.client.ping(none(), &Empty::new())).await.map(drop)
     }
 
-    /// Makes a container; returns the id that its own process has in the guest.
-    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<u32> {
-        let request = CreateContainerRequest { id: id.to_owned(), spec, stdio: Some(stdio).into(), ..CreateContainerRequest::default() };
+    /// Makes a container, whose volumes hold mounts at `inner_mounts`; returns the id that its own
+    /// process has in the guest.
+    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: Stdio, inner_mounts: Vec<String>) -> Result<u32> {
+        let request = CreateContainerRequest {
+            id: id.to_owned(),
+            spec,
+            stdio: Some(stdio).into(),
+            inner_mounts,
+            ..CreateContainerRequest::default()
+        };
         self.call("create the container", self.client.create_container(none(), &request)).await.map(|answer| answer.pid)
     }
 
@@ -134,12 +157,15 @@ impl Agent {
     /// Waits for a process's exit, however long it runs.
     pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
         let answer = self.until_ended(self.client.wait(none(), &process(container, exec))).await?;
-        Ok(Exit { status: answer.exit_status, at: UNIX_EPOCH + Duration::from_nanos(answer.exited_at_ns) })
+        let at = UNIX_EPOCH + Duration::from_nanos(answer.exited_at_ns);
+        Ok(Exit { status: answer.exit_status, at, oom_kills: answer.oom_kills })
     }
 
-    /// Waits until the container runs out of memory, however long that takes.
-    pub async fn wait_oom(&self, container: &str) -> Result<()> {
-        self.until_ended(self.client.wait_oom(none(), &named(container))).await.map(drop)
+    /// Waits until the kernel has killed more than `known` processes of the container for want of
+    /// memory, however long that takes; returns how many it has.
+    pub async fn wait_oom(&self, container: &str, known: u64) -> Result<u64> {
+        let request = WaitOomRequest { container: container.to_owned(), known, ..WaitOomRequest::default() };
+        self.until_ended(self.client.wait_oom(none(), &request)).await.map(|answer| answer.oom_kills)
     }
 
     /// Sends a signal.

@@ -2,20 +2,22 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use anyhow::{Context, Result};
-use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR};
+use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
 use containerd_shim_protos::types::mount::Mount;
 use nix::mount::MsFlags;
 
 use crate::errors::{self, Error};
-use crate::mounts;
+use crate::mounts::{self, Follow};
 use crate::process::Process;
 use crate::spec::{Bind, Spec};
 use crate::store::{remove_empty_tree, unmount_below};
 
+/// Mounts within a container's volumes: a node has some hundreds.
+const MAX_INNER_MOUNTS: usize = 4096;
 /// For a thread that only sleeps.
 const TASK_STACK: usize = 16 << 10;
 
@@ -33,6 +35,8 @@ pub struct Container {
     pub guest_pid: u32,
     /// Whether it is paused.
     pub paused: AtomicBool,
+    /// How many of its processes were killed for want of memory, as far as containerd was told.
+    pub oom_kills: AtomicU64,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -46,6 +50,7 @@ impl Container {
             task,
             guest_pid,
             paused: AtomicBool::new(false),
+            oom_kills: AtomicU64::new(0),
             execs: Mutex::default(),
         }
     }
@@ -145,7 +150,7 @@ impl ShareFolder {
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         if rootfs.is_empty() {
             let source = spec.root_path(bundle);
-            mounts::bind(&source, &root, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_NODEV)
+            mounts::bind(&source, &root, true, MsFlags::empty(), Follow::No)
                 .with_context(|| format!("bind the root file system {}", source.display()))?;
         } else {
             mounts::mount_rootfs(rootfs, &root)?;
@@ -167,8 +172,22 @@ impl ShareFolder {
             std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
             std::fs::File::create(&target).with_context(what)?;
         }
-        let recursive = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-        mounts::bind(source, &target, MsFlags::MS_BIND | MsFlags::MS_NODEV | recursive).with_context(what)
+        mounts::bind(source, &target, bind.recursive, MsFlags::empty(), bind.follow).with_context(what)
+    }
+
+    /// What is mounted within the bound folders, as the guest's paths.
+    ///
+    /// The guest finds such a mount when it first goes there, and gives it the attributes of the
+    /// one that leads to it: one that is only read from the outside on must be found before.
+    ///
+    /// # Errors
+    /// When there are more than a machine is to know of, or the kernel's list cannot be read.
+    pub fn inner_mounts(&self, container: &str) -> Result<Vec<String>> {
+        let bound = mounts::below(&self.path.join(MOUNTS_DIR))?;
+        // The first component is the bound folder itself.
+        let inner: Vec<_> = bound.iter().filter(|path| path.components().count() > 1).collect();
+        anyhow::ensure!(inner.len() <= MAX_INNER_MOUNTS, "its volumes hold {} mounts; at most {MAX_INNER_MOUNTS} are allowed", inner.len());
+        Ok(inner.into_iter().map(|path| format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{}", path.display())).collect())
     }
 
     /// Leaves the mounts in place.

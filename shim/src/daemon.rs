@@ -1,12 +1,12 @@
 //! The daemon: serves the task service of one pod until containerd shuts it down.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use caisson_host::control::Control;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use futures::stream::unfold;
 use log::LevelFilter;
@@ -18,7 +18,9 @@ use ttrpc::asynchronous::transport::Listener;
 use crate::bootstrap::socket_path;
 use crate::events::Events;
 use crate::flags::Flags;
+use crate::machine::Name;
 use crate::pod::Pod;
+use crate::sandboxer::SandboxService;
 use crate::service::TaskService;
 
 /// containerd up to 1.7 asks for the first, from 2.0 on for the second; the messages are the same.
@@ -42,10 +44,11 @@ pub fn serve(flags: Flags) -> Result<()> {
 
 async fn run(flags: &Flags, listener: std::os::unix::net::UnixListener) -> Result<()> {
     let socket = socket_path(&flags.address, &flags.namespace, &flags.id);
-    let pod = Arc::new(Pod::new(&flags.namespace, &flags.id, &socket.to_string_lossy(), Events::start(&flags.namespace)));
+    let name = Name { namespace: flags.namespace.clone(), id: flags.id.clone(), socket: socket.to_string_lossy().into_owned() };
+    let pod = Arc::new(Pod::new(name, Events::start(&flags.namespace)));
     let (ended, mut wait) = watch::channel(false);
+    let mut services = create_sandbox(Arc::new(SandboxService::new(Arc::clone(&pod), ended.clone())));
     let task = Arc::new(TaskService::new(pod, ended));
-    let mut services = HashMap::new();
     for name in SERVICES {
         let generated = create_task(Arc::clone(&task) as Arc<_>);
         services.extend(generated.into_values().map(|service| (name.to_owned(), service)));

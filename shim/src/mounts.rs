@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use caisson_sys::mounts::{self as trees, Attributes};
 use containerd_shim_protos::types::mount::Mount;
+use nix::fcntl::AT_FDCWD;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -75,7 +77,7 @@ fn mount_one(kind: &str, source: &str, options: &[String], target: &Path) -> Res
     // Device nodes in the share mean something in the guest, never on the host.
     let flags = flags | MsFlags::MS_NODEV;
     if flags.contains(MsFlags::MS_BIND) {
-        return bind(Path::new(source), target, flags);
+        return bind(Path::new(source), target, flags.contains(MsFlags::MS_REC), flags, Follow::No);
     }
     let text = data.join(",");
     if text.len() <= MAX_DATA {
@@ -87,15 +89,80 @@ fn mount_one(kind: &str, source: &str, options: &[String], target: &Path) -> Res
     mount_long_overlay(source, target, flags, &data)
 }
 
-/// Binds `source` at `target` with the flags that a bind mount takes in a second step.
+/// Whether mounts that the host makes or takes away below a bound folder do so in its copy, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follow {
+    /// The copy is of what there is now.
+    No,
+    /// It follows the host, and the host never follows it.
+    Host,
+}
+
+/// The flags that are attributes of a mount, as mount_setattr(2) has them.
+const ATTRIBUTES: &[(MsFlags, u64)] = &[
+    (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+    (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+    (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+];
+
+/// Binds `source` at `target`, with all mounted below it when `below`.
+///
+/// The copy leaves its source's peer group before it is attached: what is unmounted in the share
+/// when a container ends stays mounted on the host. Flags of the source stay; those of `flags` come
+/// in addition, and device nodes mean something in the guest only.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn bind(source: &Path, target: &Path, flags: MsFlags) -> Result<()> {
-    mount(Some(source), target, None::<&str>, flags & (MsFlags::MS_BIND | MsFlags::MS_REC), None::<&str>)?;
-    let rest = flags - MsFlags::MS_REC;
-    mount(None::<&str>, target, None::<&str>, rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, None::<&str>)?;
-    Ok(())
+pub fn bind(source: &Path, target: &Path, below: bool, flags: MsFlags, follow: Follow) -> Result<()> {
+    let propagation = if follow == Follow::Host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
+    let tree = trees::open_tree(AT_FDCWD, source, below)?;
+    let all = Attributes { set: libc::MOUNT_ATTR_NODEV, clear: 0, propagation: propagation.bits() };
+    trees::set_attributes(&tree, all, below).context("part the copy from its source (Linux 5.12 is needed)")?;
+    let set = ATTRIBUTES.iter().filter(|(flag, _)| flags.contains(*flag)).fold(0, |set, (_, attribute)| set | attribute);
+    if set != 0 {
+        trees::set_attributes(&tree, Attributes::set(set), false)?;
+    }
+    Ok(trees::move_mount(&tree, target)?)
+}
+
+/// The mounts below `folder`, as paths from there on.
+///
+/// # Errors
+/// When the kernel's list cannot be read.
+pub fn below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let points = points()?;
+    let below = points.into_iter().filter_map(|point| Some(point.strip_prefix(folder).ok()?.to_owned()));
+    Ok(below.filter(|path| !path.as_os_str().is_empty()).collect())
+}
+
+/// All mount points of this namespace, in the order that they were mounted over one another.
+///
+/// # Errors
+/// When the kernel's list cannot be read.
+pub fn points() -> Result<Vec<PathBuf>> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
+    Ok(mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point))).collect())
+}
+
+/// The kernel writes blanks and backslashes in mountinfo in octal.
+fn unescape(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('\\') {
+        out.push_str(before);
+        match after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                out.push(char::from(byte));
+                rest = &after[3..];
+            }
+            None => {
+                out.push('\\');
+                rest = after;
+            }
+        }
+    }
+    out.push_str(rest);
+    out
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they
@@ -146,6 +213,11 @@ mod tests {
         let (flags, data) = parse_options(&options);
         assert_eq!(flags, MsFlags::MS_NOSUID);
         assert_eq!(data, ["lowerdir=/a:/b", "index=off"]);
+    }
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        assert_eq!(unescape("/a\\040b\\134c"), "/a b\\c");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
+use crate::cri::PodFile;
 use crate::store::Store;
 use crate::vmm::{Ended, Jailed, StreamState, Vmm, start_fs};
 use crate::{cgroup, spec};
@@ -62,8 +63,8 @@ impl Sandbox {
     /// # Errors
     /// The step that failed and why, in one sentence. What was started is killed; the caller
     /// undoes the pod's record.
-    pub async fn boot(config: &Config, store: &Store, spec: &spec::Spec, bundle: &Path) -> Result<Arc<Self>> {
-        let boot = Boot { config, store, spec, bundle, begin: Instant::now(), stage: Mutex::new("preparing") };
+    pub async fn boot(config: &Config, store: &Store, spec: &spec::Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
+        let boot = Boot { config, store, spec, files, bundle, begin: Instant::now(), stage: Mutex::new("preparing") };
         let mut started = Started::default();
         let timeout = Duration::from_millis(config.boot_timeout_ms.into());
         let sandbox = match tokio::time::timeout(timeout, boot.run(&mut started)).await {
@@ -121,6 +122,7 @@ struct Boot<'a> {
     config: &'a Config,
     store: &'a Store,
     spec: &'a spec::Spec,
+    files: &'a [PodFile],
     bundle: &'a Path,
     begin: Instant,
     stage: Mutex<&'static str>,
@@ -202,7 +204,7 @@ impl Boot<'_> {
             std::future::pending().await
         };
         let hello = tokio::select! {
-            answer = agent.hello(hostname, self.spec.shm_bytes()) => answer?,
+            answer = agent.hello(hostname, self.spec.shm_bytes(), self.files) => answer?,
             () = stages => unreachable!("it never ends"),
         };
         log::info!(

@@ -1,6 +1,7 @@
 //! The task service (containerd `api/runtime/task/v2/shim.proto`, and v3, which is the same on the
 //! wire): each call to the pod's function that serves it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -22,6 +23,7 @@ use crate::errors::Error;
 use crate::events::timestamp;
 use crate::pod::{CreateContainer, Pod};
 use crate::process;
+use crate::spec::Spec;
 use crate::stats;
 use crate::stdio::Paths;
 
@@ -71,7 +73,9 @@ impl Task for TaskService {
             return Err(Error::Unimplemented("restoring a container from a checkpoint is not implemented".into()).into());
         }
         let paths = Paths { terminal: request.terminal, stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
-        let pid = self.pod.create(CreateContainer { id: &request.id, bundle: &request.bundle, rootfs: &request.rootfs, paths }).await?;
+        let spec = Spec::read(&Path::new(&request.bundle).join("config.json")).map_err(Error::from)?;
+        let create = CreateContainer { id: &request.id, bundle: &request.bundle, spec: &spec, rootfs: &request.rootfs, paths };
+        let pid = self.pod.create(create).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 

@@ -10,7 +10,9 @@ use caisson_protocol::config::HostNamespaces;
 use caisson_protocol::guest::{MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
 use serde_json::{Value, json};
 
+use crate::cri::PodFile;
 use crate::errors::{self, Error};
+use crate::mounts::Follow;
 
 /// A larger specification does not fit into a message to the agent (ttrpc: 4 MiB).
 const MAX_BYTES: u64 = 3 << 20;
@@ -24,6 +26,8 @@ pub struct Bind {
     pub source: PathBuf,
     /// With everything mounted below it.
     pub recursive: bool,
+    /// Whether it follows later mounts of the host.
+    pub follow: Follow,
     /// Name in the container's `mounts` folder.
     pub name: String,
 }
@@ -49,13 +53,19 @@ pub trait Siblings {
     fn guest_pid(&self, host_pid: u32) -> Option<u32>;
     /// The guest's id of the sandbox's own process.
     fn sandbox_pid(&self) -> Option<u32>;
+    /// The files that the guest keeps for all of them; none when containerd does.
+    fn files(&self) -> &[PodFile];
 }
 
-/// The pod that a bundle's container belongs to; `None` when it is a pod of its own.
+/// The pod that a bundle's container belongs to; `None` when it is a pod of its own, or no
+/// container: a sandbox that the shim is to make has no specification.
 ///
 /// # Errors
 /// When the specification cannot be read.
 pub fn pod_of(path: &Path) -> Result<Option<String>> {
+    if !path.exists() {
+        return Ok(None);
+    }
     Ok(match Spec::read(path)?.kind() {
         Kind::Single | Kind::Sandbox => None,
         Kind::Member(pod) => Some(pod),
@@ -63,6 +73,11 @@ pub fn pod_of(path: &Path) -> Result<Option<String>> {
 }
 
 impl Spec {
+    /// A specification that was not read from a file.
+    pub const fn from_value(value: Value) -> Self {
+        Self(value)
+    }
+
     /// Reads `config.json`.
     ///
     /// # Errors
@@ -171,6 +186,9 @@ impl Spec {
                 binds.push(bind);
             }
         }
+        if matches!(self.kind(), Kind::Member(_)) {
+            add_pod_files(&mut spec, siblings.files());
+        }
         spec["linux"]["namespaces"] = self.guest_namespaces(container, host, siblings)?.into();
         drop_unsupported(&mut spec, container);
         // A JSON value always serialises.
@@ -215,6 +233,24 @@ impl Spec {
     }
 }
 
+/// Adds what containerd leaves out when it did not make the pod's sandbox: the files in /etc that
+/// no volume covers, and the pod's shared memory.
+fn add_pod_files(spec: &mut Value, files: &[PodFile]) {
+    if files.is_empty() {
+        return;
+    }
+    let read_only = spec["root"]["readonly"].as_bool().unwrap_or_default();
+    let Some(mounts) = spec["mounts"].as_array_mut() else { return };
+    for file in files {
+        if !mounts.iter().any(|mount| mount["destination"] == file.destination) {
+            mounts.push(file.mount(read_only));
+        }
+    }
+    for mount in mounts.iter_mut().filter(|mount| mount["destination"] == SHM_DIR && mount["type"] == "tmpfs") {
+        *mount = json!({"destination": SHM_DIR, "type": "bind", "source": SHM_DIR, "options": ["rbind", "rprivate"]});
+    }
+}
+
 /// The process and the file of a path `/proc/PID/ns/FILE`.
 fn process_namespace(path: &str) -> Option<(u32, &str)> {
     let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
@@ -228,7 +264,9 @@ fn host_bind(mount: &Value, index: usize) -> Option<Bind> {
     if mount["type"].as_str() != Some("bind") && !recursive && !options.contains(&"bind") {
         return None;
     }
-    Some(Bind { source: PathBuf::from(mount["source"].as_str()?), recursive, name: index.to_string() })
+    let follows = options.iter().any(|option| matches!(*option, "slave" | "rslave" | "shared" | "rshared"));
+    let follow = if follows { Follow::Host } else { Follow::No };
+    Some(Bind { source: PathBuf::from(mount["source"].as_str()?), recursive, follow, name: index.to_string() })
 }
 
 /// Takes out what names things of the host that are not in the guest.
@@ -274,6 +312,10 @@ mod tests {
         fn sandbox_pid(&self) -> Option<u32> {
             Some(7)
         }
+
+        fn files(&self) -> &[PodFile] {
+            &[]
+        }
     }
 
     fn for_guest(spec: &Spec, host: HostNamespaces) -> errors::Result<(Value, Vec<Bind>)> {
@@ -286,7 +328,7 @@ mod tests {
             "root": {"path": "rootfs"},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ro"]},
+                {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ro", "rslave"]},
                 {"destination": "/etc/hosts", "type": "none", "source": "/tmp/hosts", "options": ["bind"]},
             ],
             "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network", "path": "/var/run/netns/x"}], "cgroupsPath": "/default/c"},
@@ -302,8 +344,8 @@ mod tests {
         assert_eq!(
             binds,
             [
-                Bind { source: "/srv/data".into(), recursive: true, name: "0".into() },
-                Bind { source: "/tmp/hosts".into(), recursive: false, name: "1".into() }
+                Bind { source: "/srv/data".into(), recursive: true, follow: Follow::Host, name: "0".into() },
+                Bind { source: "/tmp/hosts".into(), recursive: false, follow: Follow::No, name: "1".into() }
             ]
         );
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "ipc"}]));

@@ -12,6 +12,8 @@ use caisson_host::records::{self, UIDS};
 use caisson_protocol::record::{PodRecord, ProcessRecord};
 use nix::mount::{MntFlags, umount2};
 
+use crate::mounts;
+
 /// A pod's folder and record.
 pub struct Store {
     run_dir: PathBuf,
@@ -147,13 +149,7 @@ fn kill(process: &ProcessRecord) {
 /// # Errors
 /// When a mount does not come off.
 pub fn unmount_below(dir: &Path) -> Result<()> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    let mut points: Vec<PathBuf> = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(unescape(point)))
-        .filter(|point| point.starts_with(dir))
-        .collect();
+    let mut points: Vec<PathBuf> = mounts::points()?.into_iter().filter(|point| point.starts_with(dir)).collect();
     points.reverse();
     for point in points {
         match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -163,27 +159,6 @@ pub fn unmount_below(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The kernel writes blanks and backslashes in mountinfo in octal.
-fn unescape(text: &str) -> String {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once('\\') {
-        out.push_str(before);
-        match after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                out.push(char::from(byte));
-                rest = &after[3..];
-            }
-            None => {
-                out.push('\\');
-                rest = after;
-            }
-        }
-    }
-    out.push_str(rest);
-    out
 }
 
 /// Removes a tree of folders and our own small files.
@@ -259,10 +234,5 @@ mod tests {
         std::fs::write(&precious, "precious").unwrap();
         assert!(undo(run.path(), "default", "web").is_err());
         assert!(precious.exists());
-    }
-
-    #[test]
-    fn mount_points_are_unescaped() {
-        assert_eq!(unescape("/a\\040b\\134c"), "/a b\\c");
     }
 }

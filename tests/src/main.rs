@@ -12,7 +12,9 @@ mod host;
 mod io;
 mod leaks;
 mod network;
+mod pods;
 mod process;
+mod volumes;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -44,11 +46,12 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // One at a time: what a test sees on the node is its own.
     arguments.test_threads = Some(1);
-    let shared = [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, deploy::TESTS, faults::TESTS].concat();
+    let shared =
+        [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, pods::TESTS, volumes::TESTS, deploy::TESTS, faults::TESTS].concat();
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);
-    let alone = libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE].concat()));
+    let alone = libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE, pods::ALONE].concat()));
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {
         std::process::exit(101);

@@ -14,12 +14,13 @@ const MAX_FUNCTION: usize = 90;
 /// Crates that may depend on which of ours. `tests` drive built programs and depend on none.
 const LAYERS: &[(&str, &[&str])] = &[
     ("protocol", &[]),
+    ("sys", &[]),
     ("host", &["caisson-protocol"]),
     ("vmm", &["caisson-protocol", "caisson-host"]),
     ("fs", &["caisson-protocol", "caisson-host"]),
-    ("shim", &["caisson-protocol", "caisson-host"]),
+    ("shim", &["caisson-protocol", "caisson-sys", "caisson-host"]),
     ("ctl", &["caisson-protocol", "caisson-host"]),
-    ("agent", &["caisson-protocol"]),
+    ("agent", &["caisson-protocol", "caisson-sys"]),
     ("guest-kernel", &[]),
     ("image-builder", &[]),
     ("tests", &[]),

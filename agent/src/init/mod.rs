@@ -145,7 +145,7 @@ fn create(id: &str, agent: &Agent) -> Result<()> {
             rootfs::add_console(console)?;
         }
         rootfs::seal(&spec)?;
-        finish(id, process, &spec, console, agent)
+        finish(id, process, &spec, console, agent, !program::is_of_a_pod(&spec))
     })
 }
 
@@ -159,7 +159,7 @@ fn execute(id: &str, exec: &str, target: Pid, agent: &Agent) -> Result<()> {
     namespaces::join(&spec, target)?;
     in_child(agent, || {
         let console = wanted_terminal(&process)?;
-        finish(id, &process, &spec, console, agent)
+        finish(id, &process, &spec, console, agent, false)
     })
 }
 
@@ -183,7 +183,10 @@ fn in_child(agent: &Agent, work: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 /// Waits for the word and becomes the program; returns only with an error.
-fn finish(id: &str, process: &Process, spec: &Spec, console: Option<terminal::Terminal>, agent: &Agent) -> Result<()> {
+///
+/// A container of its own is run as from a shell, where a program that is not there is exit code
+/// 127; a container of a pod, or an exec, then fails to start.
+fn finish(id: &str, process: &Process, spec: &Spec, console: Option<terminal::Terminal>, agent: &Agent, as_shell: bool) -> Result<()> {
     nix::unistd::setsid().context("start a session")?;
     identity::join_keyring(id);
     let master = console.map(|console| console.attach(process)).transpose()?;
@@ -195,11 +198,16 @@ fn finish(id: &str, process: &Process, spec: &Spec, console: Option<terminal::Te
     }
     let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
     let environment = program::environment(process)?;
+    // The image's owner may keep the folder from the process's user, and may not.
+    let entered = program::enter_folder(process);
     identity::assume(process, seccomp)?;
+    if entered.is_err() {
+        program::enter_folder(process)?;
+    }
     if program::is_pause(process, spec) {
         // As execve would.
         agent.close();
         return program::pause();
     }
-    program::execute(process, &environment)
+    program::execute(process, &environment, as_shell)
 }

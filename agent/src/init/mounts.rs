@@ -4,11 +4,10 @@ use std::os::fd::AsFd;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use caisson_sys::mounts::{self as trees, Attributes};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::Mount;
-
-use crate::sys::{self, Attributes};
 
 /// An option that is a flag: its name, the flag of mount(2), the attribute of mount_setattr(2), and
 /// whether it sets or clears. With an `r` before the name it holds for what is mounted below, too.
@@ -52,6 +51,8 @@ const PROPAGATION: &[(&str, MsFlags)] = &[
     ("shared", MsFlags::MS_SHARED),
     ("unbindable", MsFlags::MS_UNBINDABLE),
 ];
+/// Symbolic links that are followed, as many as the kernel does (path_resolution(7)).
+const MAX_LINKS: usize = 40;
 /// The attributes of which one holds at a time.
 const ACCESS_TIMES: u64 = libc::MOUNT_ATTR__ATIME;
 
@@ -173,22 +174,22 @@ fn set_propagation(options: &Options<'_>, target: &Path) -> Result<()> {
 fn bind(entry: &Mount, options: &Options<'_>, old_root: impl AsFd, target: &Path) -> Result<()> {
     let source = entry.source().as_deref().context("a bind mount needs a source")?;
     let relative = below_root(source)?;
-    let tree = sys::open_tree(old_root, &relative, options.bind_below).with_context(|| format!("open {}", source.display()))?;
+    let tree = trees::open_tree(old_root, &relative, options.bind_below).with_context(|| format!("open {}", source.display()))?;
     if options.attributes != Attributes::default() {
-        sys::set_mount_attributes(&tree, options.attributes, false).context("set its attributes")?;
+        trees::set_attributes(&tree, options.attributes, false).context("set its attributes")?;
     }
     if options.recursive != Attributes::default() {
-        sys::set_mount_attributes(&tree, options.recursive, true).context("set its attributes and those below it")?;
+        trees::set_attributes(&tree, options.recursive, true).context("set its attributes and those below it")?;
     }
     let is_dir = nix::sys::stat::fstat(&tree).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
     make_target(target, is_dir)?;
-    sys::move_mount(&tree, target).context("attach it")
+    trees::move_mount(&tree, target).context("attach it")
 }
 
 fn bind_sysfs(options: &Options<'_>, old_root: impl AsFd, target: &Path) -> Result<()> {
-    let tree = sys::open_tree(old_root, Path::new("./sys"), true).context("open the guest's /sys")?;
-    sys::set_mount_attributes(&tree, options.attributes, false).context("set its attributes")?;
-    sys::move_mount(&tree, target).context("attach it")
+    let tree = trees::open_tree(old_root, Path::new("./sys"), true).context("open the guest's /sys")?;
+    trees::set_attributes(&tree, options.attributes, false).context("set its attributes")?;
+    trees::move_mount(&tree, target).context("attach it")
 }
 
 fn mount_new(entry: &Mount, kind: &str, options: &Options<'_>, target: &Path) -> Result<()> {
@@ -204,7 +205,7 @@ fn mount_new(entry: &Mount, kind: &str, options: &Options<'_>, target: &Path) ->
     mount(Some(&source), target, Some(kind), flags, Some(data.as_str()))?;
     if options.recursive != Attributes::default() {
         let tree = std::fs::File::open(target).context("open it")?;
-        sys::set_mount_attributes(&tree, options.recursive, true).context("set its attributes")?;
+        trees::set_attributes(&tree, options.recursive, true).context("set its attributes")?;
     }
     Ok(())
 }
@@ -219,10 +220,13 @@ pub fn is_read_only(entry: &Mount) -> bool {
     Options::parse(entry.options().as_deref().unwrap_or_default()).flags.contains(MsFlags::MS_RDONLY)
 }
 
+/// Makes a mount point where there is none; where images have a symbolic link that leads nowhere,
+/// at its end.
 fn make_target(target: &Path, is_dir: bool) -> Result<()> {
     if std::fs::metadata(target).is_ok() {
         return Ok(());
     }
+    let target = &end_of_links(target)?;
     if is_dir {
         return std::fs::create_dir_all(target).context("create the mount point");
     }
@@ -230,6 +234,16 @@ fn make_target(target: &Path, is_dir: bool) -> Result<()> {
         std::fs::create_dir_all(folder).context("create the mount point's folder")?;
     }
     std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(target).map(drop).context("create the mount point")
+}
+
+/// Where a path's last component leads, however often it is a symbolic link.
+fn end_of_links(path: &Path) -> Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        let Ok(next) = std::fs::read_link(&path) else { return Ok(path) };
+        path = path.parent().unwrap_or(Path::new("/")).join(next);
+    }
+    bail!("{}: too many symbolic links", path.display())
 }
 
 /// A path as seen from an open root folder.
@@ -260,7 +274,10 @@ mod tests {
     fn the_last_word_counts() {
         let words: Vec<String> = ["ro", "rw"].map(str::to_owned).to_vec();
         let options = Options::parse(&words);
-        assert_eq!((options.flags, options.attributes), (MsFlags::empty(), Attributes { set: 0, clear: libc::MOUNT_ATTR_RDONLY }));
+        assert_eq!(
+            (options.flags, options.attributes),
+            (MsFlags::empty(), Attributes { clear: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() })
+        );
     }
 
     #[test]

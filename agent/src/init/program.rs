@@ -1,9 +1,10 @@
 //! The program itself: found, given its environment, executed.
 
 use std::ffi::CString;
+use std::path::Path;
 
-use anyhow::{Context, Result};
-use caisson_protocol::guest::POD_ANNOTATIONS;
+use anyhow::{Context, Result, bail};
+use caisson_protocol::guest::{PAUSE, POD_ANNOTATIONS};
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
@@ -50,8 +51,11 @@ fn c_strings(texts: &[String]) -> Result<Vec<CString>> {
     Ok(texts.iter().map(|text| CString::new(text.as_str())).collect::<Result<_, _>>()?)
 }
 
-/// What a sandbox's container runs: see [`pause`].
-const PAUSE: &str = "/pause";
+/// Whether the container is one of a pod's, and not a pod of its own.
+pub fn is_of_a_pod(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    POD_ANNOTATIONS.iter().any(|(kind, _)| annotations.is_some_and(|annotations| annotations.contains_key(*kind)))
+}
 
 /// Whether the process is the one that only holds a pod's namespaces.
 pub fn is_pause(process: &Process, spec: &Spec) -> bool {
@@ -81,22 +85,38 @@ pub fn pause() -> Result<()> {
     }
 }
 
-/// Becomes the process's program.
-///
-/// As under a shell, a program that cannot be found or executed is named on standard error, with
-/// the exit code that shells use: the container has started, and it has failed.
+/// Enters the process's working folder.
 ///
 /// # Errors
-/// When the process names no program or no folder that can be entered.
-pub fn execute(process: &Process, environment: &[CString]) -> Result<()> {
+/// When it cannot be entered.
+pub fn enter_folder(process: &Process) -> Result<()> {
     let cwd = process.cwd();
-    chdir(if cwd.as_os_str().is_empty() { std::path::Path::new("/") } else { cwd })
-        .with_context(|| format!("enter the working folder {}", cwd.display()))?;
+    chdir(if cwd.as_os_str().is_empty() { Path::new("/") } else { cwd })
+        .with_context(|| format!("enter the working folder {}", cwd.display()))
+}
+
+/// Becomes the process's program.
+///
+/// What becomes of one that cannot be found or executed is for the caller to say: `as_shell`
+/// names it on standard error and exits with the code that shells use, as if the process had
+/// started and failed.
+///
+/// # Errors
+/// When the process names no program, or one that cannot be found or executed.
+pub fn execute(process: &Process, environment: &[CString], as_shell: bool) -> Result<()> {
     let arguments = c_strings(process.args().as_deref().unwrap_or_default()).context("the arguments hold a zero byte")?;
     let program = arguments.first().context("the process has no arguments")?;
     let path = environment.iter().find_map(|variable| variable.to_str().ok()?.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
     let errno = try_each(&candidates(program, path), &arguments, environment);
-    eprintln!("caisson: exec {}: {}", program.to_string_lossy(), errno.desc());
+    let name = program.to_string_lossy();
+    let sentence = match errno {
+        Errno::ENOENT if !name.contains('/') => format!("exec {name}: executable file not found in $PATH"),
+        errno => format!("exec {name}: {}", errno.desc()),
+    };
+    if !as_shell {
+        bail!("{sentence}");
+    }
+    eprintln!("caisson: {sentence}");
     std::process::exit(if errno == Errno::ENOENT { EXIT_NOT_FOUND } else { EXIT_CANNOT_EXECUTE });
 }
 

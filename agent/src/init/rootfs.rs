@@ -1,6 +1,6 @@
 //! A container's file system: its root entered, its mounts made, what it must not see covered.
 //!
-//! The root is entered first and filled from within, so no path of the image or of the
+//! The root is entered first (chroot) and filled from within, so no path of the image or of the
 //! specification can lead out of it; what is bound into it is reached through a descriptor of the
 //! old root, which is let go at the end.
 
@@ -10,16 +10,16 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use caisson_sys::mounts::{self as trees, Attributes};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknod};
-use nix::unistd::{chdir, fchdir, pivot_root};
+use nix::unistd::{chdir, chroot, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
 
 use super::mounts;
 use super::terminal::Terminal;
-use crate::sys::{self, Attributes};
 
 /// What every container has in its /dev (runtime-spec `config-linux.md`, "Default Devices").
 const DEVICES: &[(&str, u64, u64)] = &[("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
@@ -45,8 +45,9 @@ pub fn enter(spec: &Spec) -> Result<()> {
         .with_context(|| format!("bind the root {}", root.display()))?;
     let old_root = open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).context("open the old root")?;
     chdir(root).with_context(|| format!("enter the root {}", root.display()))?;
-    pivot_root(".", ".").context("make the root the root")?;
-    chdir("/").context("enter the root")?;
+    // Not pivot_root(2) yet: with the old root laid over the new one, a path that goes up from a
+    // folder of the image would come out there.
+    chroot(".").context("make the root the root")?;
 
     let entries = spec.mounts().as_deref().unwrap_or_default();
     for entry in entries {
@@ -63,12 +64,18 @@ pub fn enter(spec: &Spec) -> Result<()> {
     // A working folder that the image lacks is made, as other runtimes do; a root that cannot be
     // written says what is wrong when the folder is entered.
     let _ = std::fs::create_dir_all(Path::new("/").join(process.cwd()));
-    leave(old_root)
+    leave(&old_root)
 }
 
-/// Detaches the old root: only the container's own mounts remain.
-fn leave(old_root: OwnedFd) -> Result<()> {
-    fchdir(&old_root).context("go to the old root")?;
+/// Makes the root that of the mount namespace and detaches the old one: only the container's own
+/// mounts remain.
+fn leave(old_root: &OwnedFd) -> Result<()> {
+    let root = open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).context("open the root")?;
+    fchdir(old_root).context("go to the old root")?;
+    chroot(".").context("return to the old root")?;
+    fchdir(&root).context("go to the root")?;
+    pivot_root(".", ".").context("exchange the roots")?;
+    // The old root lies over the new one, and so is what the current folder leads to.
     umount2(".", MntFlags::MNT_DETACH).context("detach the old root")?;
     chdir("/").context("enter the root")
 }
@@ -82,8 +89,8 @@ pub fn add_console(terminal: &Terminal) -> Result<()> {
     if !Path::new(CONSOLE).exists() {
         File::create(CONSOLE).context("create /dev/console")?;
     }
-    let slave = sys::clone_mount_of(terminal.slave()).context("take the terminal's file")?;
-    sys::move_mount(&slave, Path::new(CONSOLE)).context("bind /dev/console")
+    let slave = trees::clone_mount_of(terminal.slave()).context("take the terminal's file")?;
+    trees::move_mount(&slave, Path::new(CONSOLE)).context("bind /dev/console")
 }
 
 /// Covers and freezes what the specification says must not be read or written.
@@ -196,8 +203,8 @@ fn make_device(path: &Path, kind: SFlag, number: libc::dev_t, mode: u32, old_roo
         Err(Errno::EPERM) => {
             let inside = Path::new(".").join(path.strip_prefix("/").unwrap_or(path));
             File::create(path).with_context(|| format!("create {}", path.display()))?;
-            let node = sys::open_tree(old_root.as_fd(), &inside, false).with_context(|| format!("find device {}", path.display()))?;
-            sys::move_mount(&node, path).with_context(|| format!("bind {}", path.display()))
+            let node = trees::open_tree(old_root.as_fd(), &inside, false).with_context(|| format!("find device {}", path.display()))?;
+            trees::move_mount(&node, path).with_context(|| format!("bind {}", path.display()))
         }
         Err(errno) => Err(errno).with_context(|| format!("make device {}", path.display())),
     }
@@ -224,10 +231,10 @@ fn set_sysctl(name: &str, value: &str) -> Result<()> {
 
 /// Binds a path over itself, read-only. What is not there needs no lock.
 fn make_read_only(path: &Path) -> Result<()> {
-    match sys::open_tree(AT_FDCWD, path, true) {
+    match trees::open_tree(AT_FDCWD, path, true) {
         Ok(tree) => {
-            sys::set_mount_attributes(&tree, Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 }, true)?;
-            Ok(sys::move_mount(&tree, path)?)
+            trees::set_attributes(&tree, Attributes::set(libc::MOUNT_ATTR_RDONLY), true)?;
+            Ok(trees::move_mount(&tree, path)?)
         }
         Err(error) if is_absent(&error) => Ok(()),
         Err(error) => Err(error.into()),
@@ -254,5 +261,5 @@ fn is_absent(error: &std::io::Error) -> bool {
 /// Makes one mount read-only, and not those below it.
 fn freeze(path: &Path) -> Result<()> {
     let folder = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    Ok(sys::set_mount_attributes(&folder, Attributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0 }, false)?)
+    Ok(trees::set_attributes(&folder, Attributes::set(libc::MOUNT_ATTR_RDONLY), false)?)
 }

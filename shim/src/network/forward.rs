@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use caisson_protocol::vmm::{Ends, Offer};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::Linger;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
@@ -89,12 +91,16 @@ async fn accept(listener: Option<&TcpListener>) -> std::io::Result<(TcpStream, S
 async fn carry(sandbox: &Sandbox, connection: TcpStream) -> Result<()> {
     let target = connection.local_addr().context("ask where it goes to")?;
     let connection = OwnedFd::from(connection.into_std().context("hand it over")?);
+    let ours = connection.try_clone().context("keep it")?;
     let port = sandbox.next_port();
     let mut state = sandbox.vmm.offer(Offer { port, ends: Ends::Duplex }, &[connection]).await?;
     if let Err(error) = sandbox.agent.forward(target, port).await {
+        // Nobody listens: the caller is to see a reset, not an answer that happens to be empty.
+        let _ = setsockopt(&ours, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
         sandbox.vmm.withdraw(port).await;
         return Err(error.into());
     }
+    drop(ours);
     // The sender goes with the stream.
     let _ = state.wait_for(|state| *state == StreamState::Closed).await;
     Ok(())

@@ -1,0 +1,149 @@
+//! A pod's machine with all that was acquired for it: the record on disk, the network, the
+//! configuration that it was booted with.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use caisson_host::{records, settings};
+use caisson_protocol::VERSION;
+use caisson_protocol::config::{self, Config};
+use caisson_protocol::record::PodRecord;
+use tokio::sync::OnceCell;
+
+use crate::cri::PodFile;
+use crate::errors::{Error, Result};
+use crate::network::{self, Network};
+use crate::sandbox::Sandbox;
+use crate::spec::Spec;
+use crate::store::{self, Store};
+
+/// What a pod is known by.
+#[derive(Debug, Clone)]
+pub struct Name {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The pod's id.
+    pub id: String,
+    /// Path of its shim's socket.
+    pub socket: String,
+}
+
+/// A machine.
+pub struct Machine {
+    name: Name,
+    /// Its processes.
+    pub sandbox: Arc<Sandbox>,
+    /// Its record and its share.
+    pub store: Arc<Store>,
+    /// What it was booted with.
+    pub config: Config,
+    /// The interfaces of the pod's network namespace; none for a pod that has only its own.
+    network: OnceCell<Arc<Network>>,
+    /// Whether its failure is on record.
+    failed: AtomicBool,
+}
+
+impl Machine {
+    /// Boots a machine for the pod that `spec` describes, with everything on record; the guest
+    /// keeps `files` for the pod's containers.
+    ///
+    /// # Errors
+    /// What is wrong with configuration or annotations, and the step that failed; nothing is left.
+    pub async fn boot(name: &Name, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
+        let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
+        let (memory, cpus) = spec.pod_limits();
+        config.size_for(memory, cpus);
+        config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
+        if config.log_level != "info"
+            && let Ok(level) = config.log_level.parse()
+        {
+            log::set_max_level(level);
+        }
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let record = PodRecord {
+            namespace: name.namespace.clone(),
+            pod: name.id.clone(),
+            version: VERSION.into(),
+            created,
+            processes: vec![records::process("shim", std::process::id())],
+            socket: name.socket.clone(),
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            ..PodRecord::default()
+        };
+        let booted = async {
+            let store = Arc::new(Store::create(&config.run_dir, record)?);
+            let sandbox = Sandbox::boot(&config, &store, spec, files, bundle).await?;
+            let config = config.clone();
+            let machine = Self { name: name.clone(), sandbox, store, config, network: OnceCell::new(), failed: AtomicBool::new(false) };
+            if let Some(path) = spec.network_namespace() {
+                machine.connect(path).await.inspect_err(|_| machine.sandbox.kill("its network could not be set up"))?;
+            }
+            anyhow::Ok(Arc::new(machine))
+        };
+        match booted.await {
+            Ok(machine) => Ok(machine),
+            Err(error) => {
+                undo(name, &config);
+                Err(Error::Failed(error.context(format!("boot pod {}", name.id))))
+            }
+        }
+    }
+
+    /// Gives the guest the interfaces of a network namespace, now and as they change.
+    async fn connect(&self, path: &Path) -> anyhow::Result<()> {
+        let connect = || async {
+            let network = Arc::new(Network::open(path)?);
+            network.sync(&self.sandbox, &self.store).await?;
+            network.follow(Arc::clone(&self.sandbox), Arc::clone(&self.store))?;
+            network.forward(Arc::clone(&self.sandbox));
+            anyhow::Ok(network)
+        };
+        self.network.get_or_try_init(connect).await.context("set up the pod's network").map(drop)
+    }
+
+    /// Connects a pod that was given no network namespace to what was put into that of its first
+    /// process, which is the monitor on the host, as `ctr run --cni` does before it starts the task.
+    ///
+    /// # Errors
+    /// What of the network could not be set up.
+    pub async fn connect_late(&self) -> anyhow::Result<()> {
+        match network::filled_namespace(self.sandbox.vmm.pid()) {
+            Some(path) if !self.network.initialized() => self.connect(&path).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Records why the machine died, for `caisson list`; the first of its processes to hear of it does.
+    pub fn note_failure(&self) {
+        if self.failed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let reason = self.sandbox.ended().borrow().clone();
+        log::error!("pod {}: {}", self.name.id, reason.as_deref().unwrap_or("its machine ended"));
+        if let Err(error) = self.store.change(|record| record.failure = reason) {
+            log::error!("{error:#}");
+        }
+    }
+
+    /// Ends the machine, which is no failure of it.
+    pub fn stop(&self, reason: &str) {
+        self.failed.store(true, Ordering::Release);
+        self.sandbox.kill(reason);
+    }
+
+    /// Ends the machine and undoes all that is on record for it.
+    pub fn end(&self, reason: &str) {
+        self.stop(reason);
+        undo(&self.name, &self.config);
+    }
+}
+
+fn undo(name: &Name, config: &Config) {
+    if let Err(error) = store::undo(&config.run_dir, &name.namespace, &name.id) {
+        log::error!("clean up pod {}: {error:#}", name.id);
+    }
+}

@@ -1,0 +1,152 @@
+//! Pods through the CRI: what happens to containers that fail, starve, or ask for what only the host has.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use k8s_cri::v1::{
+    ContainerState, ExecSyncRequest, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxState,
+    PodSandboxStatusRequest, StartContainerRequest, StopPodSandboxRequest,
+};
+
+use crate::Test;
+use crate::cri::{Pod, SLEEP, security};
+use crate::ctr::run;
+use crate::host::{Inventory, assert_nothing_left};
+
+pub const TESTS: &[Test] = &[
+    ("a_container_out_of_memory_is_said_to_be", a_container_out_of_memory_is_said_to_be),
+    ("a_missing_program_fails_a_containers_start", a_missing_program_fails_a_containers_start),
+    ("limits_on_what_only_the_host_has_are_passed_over", limits_on_what_only_the_host_has_are_passed_over),
+];
+
+pub const ALONE: &[Test] = &[("the_shim_makes_a_pods_sandbox_for_containerd_2", the_shim_makes_a_pods_sandbox_for_containerd_2)];
+
+fn a_container_out_of_memory_is_said_to_be() {
+    let mut pod = Pod::start(|_| ());
+    let limits = LinuxContainerResources { memory_limit_in_bytes: 24 << 20, ..LinuxContainerResources::default() };
+    // tail keeps all of what is one line, and there is no end of it.
+    let container = pod.run("hungry", "exec tail /dev/zero", |config| config.linux.as_mut().unwrap().resources = Some(limits));
+    assert_eq!(pod.wait_for_exit(&container), 137);
+    // The reason is an event of its own; kubelet looks at the status when it hears of the exit.
+    let status = pod.status(&container);
+    assert_eq!(status.reason, "OOMKilled", "{status:?}");
+}
+
+fn a_missing_program_fails_a_containers_start() {
+    let mut pod = Pod::start(|_| ());
+    let container = pod.create("missing", "", |config| config.command = vec!["no-such-program".into()]).unwrap();
+    let start = StartContainerRequest { container_id: container.clone() };
+    let error = pod.cri.call(|client| client.start_container(start)).unwrap_err();
+    assert!(error.message().contains("exec no-such-program") && error.message().contains("not found in $PATH"), "{error:?}");
+    assert_eq!(pod.status(&container).state(), ContainerState::ContainerExited);
+    let other = pod.run("other", SLEEP, |_| ());
+    let exec = ExecSyncRequest { container_id: other, cmd: vec!["/no/such/program".into()], timeout: 30 };
+    let begin = Instant::now();
+    let error = pod.cri.call(|client| client.exec_sync(exec)).unwrap_err();
+    assert!(error.message().contains("exec /no/such/program: No such file"), "{error:?}");
+    assert!(begin.elapsed() < Duration::from_secs(20));
+}
+
+fn limits_on_what_only_the_host_has_are_passed_over() {
+    let mut pod = Pod::start(|_| ());
+    let huge = |size: &str| (format!("hugetlb.{size}.max"), "0".to_owned());
+    let limits = LinuxContainerResources {
+        cpuset_cpus: "61-62".into(),
+        cpuset_mems: "7".into(),
+        unified: HashMap::from([huge("64KB"), huge("2MB")]),
+        ..LinuxContainerResources::default()
+    };
+    let container = pod.run("pinned", SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits));
+    assert_eq!(pod.output(&container, "cat /sys/fs/cgroup/hugetlb.2MB.max"), "0");
+    assert_eq!(pod.output(&container, "cat /sys/fs/cgroup/cpuset.cpus"), "");
+}
+
+/// A containerd 2 of its own, whose CRI has a handler with `sandboxer = "shim"`.
+struct Containerd2;
+
+impl Containerd2 {
+    const SOCKET: &str = "/tmp/c2s/sock";
+
+    fn start() -> Self {
+        let script = "set -e; mkdir -p /tmp/c2s; mount -t tmpfs t /tmp/c2s; bin=/opt/containerd/2/bin; cd /tmp/c2s; \
+            (echo 'root = \"/tmp/c2s/root\"'; echo 'state = \"/tmp/c2s/state\"'; cat /etc/containerd/config.toml; \
+            printf '[grpc]\\n  address = \"/tmp/c2s/sock\"\\n') > config.toml; \
+            PATH=$bin:$PATH setsid $bin/containerd --config config.toml > log 2>&1 & \
+            cd /tmp/c2s; ctr=\"/opt/containerd/2/bin/ctr -a /tmp/c2s/sock -n k8s.io\"; \
+            n=0; until $ctr version > /dev/null 2>&1; do sleep 0.2; n=$((n+1)); [ $n -lt 300 ]; done; \
+            $ctr images import /usr/lib/node/busybox.tar > /dev/null";
+        let started = run("bash", &["-c", script]);
+        assert_eq!(started.code, 0, "{started:?}");
+        Self
+    }
+}
+
+impl Drop for Containerd2 {
+    fn drop(&mut self) {
+        run(
+            "bash",
+            &[
+                "-c",
+                "if [ -n \"$CAISSON_KEEP_LOG\" ]; then cp /tmp/c2s/log $CAISSON_KEEP_LOG; fi; pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s",
+            ],
+        );
+    }
+}
+
+fn the_shim_makes_a_pods_sandbox_for_containerd_2() {
+    let _containerd = Containerd2::start();
+    let before = Inventory::take();
+    let start = |change: fn(&mut PodSandboxConfig)| Pod::start_with(Containerd2::SOCKET, "caisson-sandboxer", change).unwrap();
+    {
+        let mut pod = start(|config| {
+            let dns = config.dns_config.get_or_insert_default();
+            (dns.servers, dns.searches) = (vec!["10.9.8.7".into()], vec!["pods.local".into()]);
+            let linux = config.linux.as_mut().unwrap();
+            linux.sysctls.insert("kernel.msgmax".into(), "9999".into());
+            linux.security_context.as_mut().unwrap().namespace_options =
+                Some(NamespaceOption { pid: NamespaceMode::Pod.into(), ..NamespaceOption::default() });
+        });
+        let (one, two) = (pod.run("one", SLEEP, |_| ()), pod.run("two", SLEEP, |_| ()));
+        assert_eq!(pod.output(&one, "hostname; cat /etc/hostname"), "the-pod\nthe-pod");
+        assert_eq!(pod.output(&one, "cat /etc/resolv.conf"), "search pods.local\nnameserver 10.9.8.7");
+        assert_eq!(pod.output(&one, "cat /proc/sys/kernel/msgmax"), "9999");
+        pod.output(&one, "echo shared > /dev/shm/file; echo 127.0.0.1 added >> /etc/hosts");
+        assert_eq!(pod.output(&two, "cat /dev/shm/file; grep -c added /etc/hosts"), "shared\n1");
+        assert!(pod.output(&two, "ps -o args").matches("sleep 1000").count() >= 2);
+        assert!(pod.output(&two, "ip addr show dev eth0").contains("inet "));
+        // Its own process namespace beside the pod's.
+        let own = NamespaceOption { pid: NamespaceMode::Container.into(), ..NamespaceOption::default() };
+        let apart = pod.run("apart", SLEEP, |config| security(config).namespace_options = Some(own));
+        assert!(pod.output(&apart, "ps -o args").matches("sleep 1000").count() <= 2);
+        pod.remove(&apart);
+        let status = |pod: &mut Pod| {
+            let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+            pod.cri.call(|client| client.pod_sandbox_status(request)).unwrap().status.unwrap().state()
+        };
+        assert_eq!(status(&mut pod), PodSandboxState::SandboxReady);
+        for _ in 0..2 {
+            let stop = StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+            pod.cri.call(|client| client.stop_pod_sandbox(stop)).unwrap();
+        }
+        assert_eq!(status(&mut pod), PodSandboxState::SandboxNotready);
+        assert_eq!(pod.wait_for_exit(&one), 137);
+    }
+    assert_nothing_left(&before);
+    // A machine that dies is a sandbox that ended.
+    let mut pod = start(|_| ());
+    let container = pod.run("doomed", SLEEP, |_| ());
+    run("pkill", &["-9", "-x", "caisson-vmm"]);
+    assert_eq!(pod.wait_for_exit(&container), 137);
+    let begin = Instant::now();
+    loop {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
+        let state = pod.cri.call(|client| client.pod_sandbox_status(request)).unwrap().status.unwrap().state();
+        if state == PodSandboxState::SandboxNotready {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(20), "the sandbox is still said to be ready");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    drop(pod);
+    assert_nothing_left(&before);
+}

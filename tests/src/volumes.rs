@@ -1,0 +1,87 @@
+//! What containers see of the host's folders, and what stays of them on the host.
+
+use k8s_cri::v1::Mount;
+
+use crate::Test;
+use crate::cri::{Pod, SLEEP};
+use crate::ctr::{RUNTIME, ctr, id, run_pod, shell};
+
+pub const TESTS: &[Test] = &[
+    ("mounts_of_the_host_stay_when_a_container_goes", mounts_of_the_host_stay_when_a_container_goes),
+    ("flags_of_the_hosts_mounts_hold_in_containers", flags_of_the_hosts_mounts_hold_in_containers),
+    ("what_is_mounted_in_a_read_only_volume_has_its_own_rights", what_is_mounted_in_a_read_only_volume_has_its_own_rights),
+    ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
+];
+
+/// A folder of the host with a file system mounted in it, both in a shared tree as systemd makes it.
+struct Nested(String);
+
+impl Nested {
+    fn make(options: &str) -> Self {
+        let folder = format!("/tmp/{}", id("nested"));
+        shell(&format!(
+            "mkdir -p {folder} && mount -t tmpfs outer {folder} && mount --make-shared {folder} && mkdir {folder}/inner && \
+             mount -t tmpfs -o {options} inner {folder}/inner && mount --make-shared {folder}/inner"
+        ));
+        Self(folder)
+    }
+
+    fn is_mounted(&self) -> bool {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        mounts.contains(&format!(" {}/inner ", self.0))
+    }
+}
+
+impl Drop for Nested {
+    fn drop(&mut self) {
+        shell(&format!("umount -R {0} && rmdir {0}", self.0));
+    }
+}
+
+fn mounts_of_the_host_stay_when_a_container_goes() {
+    let nested = Nested::make("size=1m");
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", nested.0);
+    let output = run_pod(&["--mount", &mount], &["sh", "-c", "echo kept > /data/inner/file && cat /data/inner/file"]);
+    assert_eq!((output.code, output.stdout.as_str()), (0, "kept\n"), "{output:?}");
+    assert!(nested.is_mounted(), "what the host had mounted was unmounted with the container");
+    assert_eq!(shell(&format!("cat {}/inner/file", nested.0)), "kept");
+    // Not even a file server that is still there holds it: the host can take it away.
+    shell(&format!("umount {0}/inner && mount -t tmpfs inner {0}/inner", nested.0));
+}
+
+fn flags_of_the_hosts_mounts_hold_in_containers() {
+    let nested = Nested::make("ro,noexec");
+    let mount = format!("type=bind,src={}/inner,dst=/data,options=rbind:rw", nested.0);
+    let output = run_pod(&["--mount", &mount], &["sh", "-c", "echo x > /data/file"]);
+    assert!(output.code != 0 && output.stderr.contains("Read-only file system"), "{output:?}");
+}
+
+fn what_is_mounted_in_a_read_only_volume_has_its_own_rights() {
+    let nested = Nested::make("size=1m");
+    let mut pod = Pod::start(|_| ());
+    let volume = |recursive: bool| Mount {
+        container_path: "/data".into(),
+        host_path: nested.0.clone(),
+        readonly: true,
+        recursive_read_only: recursive,
+        ..Mount::default()
+    };
+    let container = pod.run("plain", SLEEP, |config| config.mounts = vec![volume(false)]);
+    let refused = pod.exec(&container, "touch /data/file");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("Read-only file system"), "{refused:?}");
+    assert_eq!(pod.output(&container, "echo inner > /data/inner/file && cat /data/inner/file"), "inner");
+}
+
+fn images_may_have_links_and_locked_folders() {
+    let root = format!("/tmp/{}", id("root"));
+    shell(&format!(
+        "mkdir -p {root}/bin {root}/etc {root}/locked && cp /bin/busybox {root}/bin/ && ln -s busybox {root}/bin/sh && \
+         chmod 0700 {root}/locked && ln -s ../run/there/resolv.conf {root}/etc/resolv.conf && echo from the host > {root}.file"
+    ));
+    let mount = format!("type=bind,src={root}.file,dst=/etc/resolv.conf,options=rbind:ro");
+    let script = "busybox cat /etc/resolv.conf; busybox readlink /etc/resolv.conf; busybox id -u; busybox pwd";
+    let arguments = ["run", "--rm", "--runtime", RUNTIME, "--mount", &mount, "--cwd", "/locked", "--user", "1000", "--rootfs", &root];
+    let output = ctr(&[&arguments[..], &[id("linked").as_str(), "/bin/sh", "-c", script]].concat());
+    assert_eq!((output.code, output.stdout.as_str()), (0, "from the host\n../run/there/resolv.conf\n1000\n/locked\n"), "{output:?}");
+    shell(&format!("rm -r {root} {root}.file"));
+}
