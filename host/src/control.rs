@@ -93,7 +93,9 @@ impl Control {
                     break (message.bytes, message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC), fds);
                 }
                 Err(nix::Error::EINTR) => {}
-                Err(nix::Error::ECONNRESET) => return Ok(None),
+                // The peer went without having read all of ours. The kernel says so once, and before
+                // it hands out what the peer had sent: its last words.
+                Err(nix::Error::ECONNRESET) => {}
                 Err(error) => return Err(error.into()),
             }
         };
@@ -164,6 +166,16 @@ mod tests {
         let (a, b) = Control::pair().unwrap();
         drop(a);
         assert!(b.receive::<String>(true).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_last_words_of_a_peer_that_left_ours_unread_are_heard() {
+        let (a, b) = Control::pair().unwrap();
+        b.send(&"unread", &[], true).unwrap();
+        a.send(&"last words", &[], true).unwrap();
+        drop(a);
+        assert_eq!(b.receive::<String>(false).unwrap().unwrap().0, "last words");
+        assert!(b.receive::<String>(false).unwrap().is_none());
     }
 
     #[test]

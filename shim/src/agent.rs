@@ -85,7 +85,8 @@ impl Agent {
         }
     }
 
-    fn gone(&self) -> Error {
+    /// What became of the machine, for who waited for something of it.
+    pub fn gone(&self) -> Error {
         Error::Gone(format!("the pod's machine is gone: {}", self.ended.borrow().as_deref().unwrap_or("for no known reason")))
     }
 

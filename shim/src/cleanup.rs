@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
-use caisson_host::settings;
+use caisson_host::{records, settings};
 use caisson_protocol::config;
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::{Message, MessageField};
@@ -20,6 +20,12 @@ use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::{spec, store};
 
+/// Whether the pod's record names containers besides the one that this call is about.
+fn has_others(run_dir: &Path, flags: &Flags) -> bool {
+    let record = records::read(&records::pod_dir(run_dir, &flags.namespace, &flags.id));
+    record.ok().flatten().is_some_and(|record| record.containers.iter().any(|container| *container != flags.id))
+}
+
 /// Undoes the pod and prints the exit that containerd reports for its tasks.
 ///
 /// # Errors
@@ -29,10 +35,11 @@ pub fn delete(flags: &Flags) -> Result<()> {
     // A bundle that is gone or broken belongs to no other pod.
     let pod = spec::pod_of(&bundle.join("config.json")).ok().flatten().unwrap_or_else(|| flags.id.clone());
     let socket = socket_path(&flags.address, &flags.namespace, &pod);
+    let config = settings::load(Path::new(config::PATH)).unwrap_or_default();
+    // A container of a pod that lives is the business of the pod's shim; so are the others when the
+    // sandbox's own container was deleted first.
     let alive = UnixStream::connect(&socket).is_ok();
-    // A container of a pod that lives is the pod's shim's business; so is a pod that lives.
-    if !(alive && pod != flags.id) {
-        let config = settings::load(Path::new(config::PATH)).unwrap_or_default();
+    if !(alive && (pod != flags.id || has_others(&config.run_dir, flags))) {
         store::undo(&config.run_dir, &flags.namespace, &pod)?;
         let _ = std::fs::remove_file(&socket);
     }

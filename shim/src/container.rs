@@ -150,7 +150,7 @@ impl ShareFolder {
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         if rootfs.is_empty() {
             let source = spec.root_path(bundle);
-            mounts::bind(&source, &root, true, MsFlags::empty(), Follow::No)
+            mounts::bind(&source, &root, true, MsFlags::empty(), Follow::No, None)
                 .with_context(|| format!("bind the root file system {}", source.display()))?;
         } else {
             mounts::mount_rootfs(rootfs, &root)?;
@@ -172,7 +172,7 @@ impl ShareFolder {
             std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
             std::fs::File::create(&target).with_context(what)?;
         }
-        mounts::bind(source, &target, bind.recursive, MsFlags::empty(), bind.follow).with_context(what)
+        mounts::bind(source, &target, bind.recursive, MsFlags::empty(), bind.follow, bind.owners.as_ref()).with_context(what)
     }
 
     /// What is mounted within the bound folders, as the guest's paths.

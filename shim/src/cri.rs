@@ -48,6 +48,8 @@ pub struct PodSandbox {
     pub spec: Spec,
     /// What its containers find in /etc.
     pub files: Vec<PodFile>,
+    /// The user and group, in the guest, that its root is.
+    pub root: (u32, u32),
 }
 
 impl PodSandbox {
@@ -62,7 +64,13 @@ impl PodSandbox {
         ensure!(kind.ends_with(CONFIG_TYPE), "the sandbox's options are of type {kind:?}; expected is {CONFIG_TYPE}");
         let config = PodSandboxConfig::parse_from_bytes(value).context("read the pod's configuration")?;
         let files = files(&config)?;
-        Ok(Self { spec: Spec::from_value(specification(id, &config, netns)), files })
+        let spec = specification(id, &config, netns);
+        let root = |mappings: &str| {
+            let mut ranges = spec["linux"][mappings].as_array().into_iter().flatten();
+            ranges.find(|range| range["containerID"] == 0).and_then(|range| u32::try_from(range["hostID"].as_u64()?).ok()).unwrap_or(0)
+        };
+        let root = (root("uidMappings"), root("gidMappings"));
+        Ok(Self { spec: Spec::from_value(spec), files, root })
     }
 }
 

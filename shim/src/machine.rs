@@ -54,6 +54,7 @@ impl Machine {
     /// What is wrong with configuration or annotations, and the step that failed; nothing is left.
     pub async fn boot(name: &Name, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
         let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
+        spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
         let (memory, cpus) = spec.pod_limits();
         config.size_for(memory, cpus);
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;

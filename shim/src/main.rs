@@ -18,6 +18,7 @@ mod errors;
 mod events;
 mod exits;
 mod flags;
+mod idmap;
 mod info;
 mod logger;
 mod machine;
@@ -39,6 +40,10 @@ use std::process::ExitCode;
 use crate::flags::{Action, Flags};
 
 fn main() -> ExitCode {
+    if std::env::args().nth(1).is_some_and(|argument| argument == idmap::HOLDER) {
+        // Who started it hears of a failure by its end.
+        return idmap::hold().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let flags = match Flags::parse(std::env::args().skip(1)) {
         Ok(flags) => flags,
         Err(problem) => {

@@ -9,6 +9,9 @@ use nix::fcntl::AT_FDCWD;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
+use crate::idmap::IdMap;
+use crate::store::{remove_empty_tree, unmount_below};
+
 /// Mount data longer than a page is refused by the kernel.
 const MAX_DATA: usize = 4095;
 
@@ -73,20 +76,32 @@ fn inside(root: &Path, path: &Path) -> Result<PathBuf> {
 }
 
 fn mount_one(kind: &str, source: &str, options: &[String], target: &Path) -> Result<()> {
-    let (flags, data) = parse_options(options);
+    let (flags, mut data) = parse_options(options);
+    let owners = IdMap::take_from(&mut data)?;
     // Device nodes in the share mean something in the guest, never on the host.
     let flags = flags | MsFlags::MS_NODEV;
     if flags.contains(MsFlags::MS_BIND) {
-        return bind(Path::new(source), target, flags.contains(MsFlags::MS_REC), flags, Follow::No);
+        return bind(Path::new(source), target, flags.contains(MsFlags::MS_REC), flags, Follow::No, owners.as_ref());
+    }
+    if let Some(owners) = owners {
+        return mount_mapped_overlay(kind, source, target, flags, &data, &owners);
+    }
+    if kind == "overlay" {
+        return mount_overlay(source, target, flags, &data);
     }
     let text = data.join(",");
-    if text.len() <= MAX_DATA {
-        return mount(Some(source), target, Some(kind), flags, Some(text.as_str())).map_err(Into::into);
-    }
-    if kind != "overlay" {
+    if text.len() > MAX_DATA {
         bail!("the options have {} bytes; the kernel takes {MAX_DATA}", text.len());
     }
-    mount_long_overlay(source, target, flags, &data)
+    mount(Some(source), target, Some(kind), flags, Some(text.as_str())).map_err(Into::into)
+}
+
+fn mount_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str]) -> Result<()> {
+    let text = data.join(",");
+    if text.len() <= MAX_DATA {
+        return mount(Some(source), target, Some("overlay"), flags, Some(text.as_str())).map_err(Into::into);
+    }
+    mount_long_overlay(source, target, flags, data)
 }
 
 /// Whether mounts that the host makes or takes away below a bound folder do so in its copy, too.
@@ -109,11 +124,12 @@ const ATTRIBUTES: &[(MsFlags, u64)] = &[
 ///
 /// The copy leaves its source's peer group before it is attached: what is unmounted in the share
 /// when a container ends stays mounted on the host. Flags of the source stay; those of `flags` come
-/// in addition, and device nodes mean something in the guest only.
+/// in addition, and device nodes mean something in the guest only. With `owners` its files have
+/// other owners in the share than on disk.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn bind(source: &Path, target: &Path, below: bool, flags: MsFlags, follow: Follow) -> Result<()> {
+pub fn bind(source: &Path, target: &Path, below: bool, flags: MsFlags, follow: Follow, owners: Option<&IdMap>) -> Result<()> {
     let propagation = if follow == Follow::Host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
     let tree = trees::open_tree(AT_FDCWD, source, below)?;
     let all = Attributes { set: libc::MOUNT_ATTR_NODEV, clear: 0, propagation: propagation.bits() };
@@ -121,6 +137,9 @@ pub fn bind(source: &Path, target: &Path, below: bool, flags: MsFlags, follow: F
     let set = ATTRIBUTES.iter().filter(|(flag, _)| flags.contains(*flag)).fold(0, |set, (_, attribute)| set | attribute);
     if set != 0 {
         trees::set_attributes(&tree, Attributes::set(set), false)?;
+    }
+    if let Some(owners) = owners {
+        trees::map_owners(&tree, &owners.namespace()?, below).context("map the owners of its files")?;
     }
     Ok(trees::move_mount(&tree, target)?)
 }
@@ -163,6 +182,44 @@ fn unescape(text: &str) -> String {
     }
     out.push_str(rest);
     out
+}
+
+/// An overlay whose layers' files have other owners than on disk; what is written above them has
+/// those of the share.
+///
+/// The layers' mapped copies are attached for the overlay to find them, beside its own place, and
+/// taken away again.
+fn mount_mapped_overlay(kind: &str, source: &str, target: &Path, flags: MsFlags, data: &[&str], owners: &IdMap) -> Result<()> {
+    const LOWER: &str = "lowerdir=";
+    if kind != "overlay" {
+        bail!("files of {kind} cannot have other owners in a pod than on disk; overlay's can");
+    }
+    let lower = data.iter().find_map(|option| option.strip_prefix(LOWER)).context("overlay without lowerdir")?;
+    let places = folder_beside(target)?;
+    let outcome = (|| {
+        let mut layers = Vec::new();
+        for (index, layer) in lower.split(':').enumerate() {
+            let place = places.join(index.to_string());
+            std::fs::create_dir(&place).with_context(|| format!("create {}", place.display()))?;
+            bind(Path::new(layer), &place, false, MsFlags::empty(), Follow::No, Some(owners))
+                .with_context(|| format!("map layer {layer}"))?;
+            layers.push(place.to_string_lossy().into_owned());
+        }
+        let mut options: Vec<String> = data.iter().filter(|option| !option.starts_with(LOWER)).map(|option| (*option).to_owned()).collect();
+        options.push(format!("{LOWER}{}", layers.join(":")));
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        mount_overlay(source, target, flags, &options)
+    })();
+    unmount_below(&places)?;
+    remove_empty_tree(&places)?;
+    outcome
+}
+
+/// A folder for what is mounted for a moment.
+fn folder_beside(target: &Path) -> Result<PathBuf> {
+    let folder = target.with_extension("layers");
+    std::fs::create_dir(&folder).with_context(|| format!("create {}", folder.display()))?;
+    Ok(folder)
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they

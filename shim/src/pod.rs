@@ -19,7 +19,7 @@ use crate::errors::{Error, Result};
 use crate::events::{Events, Topic, timestamp};
 use crate::flags::check_name;
 use crate::machine::{Machine, Name};
-use crate::process::Process;
+use crate::process::{Process, Status};
 use crate::spec::{Siblings, Spec};
 use crate::stdio::{self, Paths};
 
@@ -203,6 +203,9 @@ impl Pod {
         if !process.status().can_start() {
             return Err(Error::Precondition(format!("{}: it was started before", describe(id, exec))));
         }
+        if !exec.is_empty() && container.paused.load(Ordering::Acquire) {
+            return Err(Error::Precondition(format!("container {id}: it is paused")));
+        }
         process.keep_input();
         if exec.is_empty() {
             machine.connect_late().await.map_err(|error| Error::Failed(error.context(describe(id, exec))))?;
@@ -331,8 +334,8 @@ impl Pod {
     pub async fn pause(&self, id: &str, paused: bool) -> Result<()> {
         let container = self.container(id)?;
         let machine = self.machine()?;
-        if container.init.exited().is_some() {
-            return Err(Error::Precondition(format!("container {id}: it has exited")));
+        if container.init.status() != Status::Running {
+            return Err(Error::Precondition(format!("container {id}: it does not run")));
         }
         machine.sandbox.agent.freeze(id, paused).await?;
         container.paused.store(paused, Ordering::Release);

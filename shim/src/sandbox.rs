@@ -195,17 +195,19 @@ impl Boot<'_> {
         // Containers that ask for no name of their own have the pod's.
         let pod = self.store.pod();
         let hostname = if self.spec.hostname().is_empty() { &pod } else { self.spec.hostname() };
-        let stages = async {
+        let answer = async {
             vmm.wait_running().await;
             self.enter("booting the guest kernel; the agent has not connected");
+            // The request holds the time: it is made when the guest is there to read it.
             if connected.wait_for(|state| *state != StreamState::Offered).await.is_ok() {
                 self.enter("waiting for the agent, which connected but did not answer");
             }
-            std::future::pending().await
+            agent.hello(hostname, self.spec.shm_bytes(), self.files).await
         };
+        let mut ended = vmm.ended();
         let hello = tokio::select! {
-            answer = agent.hello(hostname, self.spec.shm_bytes(), self.files) => answer?,
-            () = stages => unreachable!("it never ends"),
+            answer = answer => answer?,
+            _ = ended.wait_for(Option::is_some) => return Err(agent.gone().into()),
         };
         log::info!(
             "machine is ready: processes {} ms, guest kernel {} ms, agent {} ms; {} ms in all; guest kernel {}",

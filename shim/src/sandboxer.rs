@@ -64,7 +64,7 @@ impl SandboxService {
         let sandbox = self.pod.sandbox()?;
         let bundle = self.bundle.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let id = self.pod.id();
-        let rootfs = [empty_root()];
+        let rootfs = [empty_root(sandbox.root)];
         let request = CreateContainer { id, bundle: &bundle, spec: &sandbox.spec, rootfs: &rootfs, paths: Paths::default() };
         self.pod.create(request).await?;
         let pid = self.pod.start(id, "").await?;
@@ -74,8 +74,9 @@ impl SandboxService {
 }
 
 /// The root of a container without image: room for the folders that are mounted over.
-fn empty_root() -> Mount {
-    let options = ["mode=0755", "size=64k", "nr_inodes=64", "nosuid", "noexec"].map(str::to_owned).to_vec();
+fn empty_root((user, group): (u32, u32)) -> Mount {
+    let mut options = ["mode=0755", "size=64k", "nr_inodes=64", "nosuid", "noexec"].map(str::to_owned).to_vec();
+    options.extend([format!("uid={user}"), format!("gid={group}")]);
     Mount { type_: "tmpfs".into(), source: "tmpfs".into(), options, ..Mount::default() }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::cri::PodFile;
 use crate::errors::{self, Error};
+use crate::idmap::IdMap;
 use crate::mounts::Follow;
 
 /// A larger specification does not fit into a message to the agent (ttrpc: 4 MiB).
@@ -28,6 +29,8 @@ pub struct Bind {
     pub recursive: bool,
     /// Whether it follows later mounts of the host.
     pub follow: Follow,
+    /// The owners that its files have in the container, where they are others than on disk.
+    pub owners: Option<IdMap>,
     /// Name in the container's `mounts` folder.
     pub name: String,
 }
@@ -183,6 +186,7 @@ impl Spec {
             } else if let Some(bind) = host_bind(mount, binds.len()) {
                 mount["source"] = json!(format!("{place}/{MOUNTS_DIR}/{}", bind.name));
                 mount["type"] = json!("bind");
+                forget_owners(mount);
                 binds.push(bind);
             }
         }
@@ -195,9 +199,28 @@ impl Spec {
         Ok((serde_json::to_vec(&spec).unwrap_or_default(), binds))
     }
 
+    fn lacks_namespace(&self, kind: &str) -> bool {
+        !self.0["linux"]["namespaces"].as_array().into_iter().flatten().any(|namespace| namespace["type"] == kind)
+    }
+
+    /// Refuses what of the host a machine of its own cannot have.
+    ///
+    /// # Errors
+    /// Which namespaces it asks for, unless it is to have the pod's own instead.
+    pub fn refuse_host_namespaces(&self, container: &str, host: HostNamespaces) -> errors::Result<()> {
+        for (kind, what) in [("network", "network"), ("pid", "process ids"), ("ipc", "IPC")] {
+            if self.lacks_namespace(kind) && host == HostNamespaces::Refuse {
+                return Err(Error::Invalid(format!(
+                    "container {container}: it asks for the host's {what}, which a virtual machine cannot share; set pod.host_namespaces = \"pod\" to give it the pod's own"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// The namespaces of the guest that stand for those of the specification.
     fn guest_namespaces(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<Vec<Value>> {
-        let invalid = |what: String| Error::Invalid(format!("container {container}: {what}"));
+        self.refuse_host_namespaces(container, host)?;
         let asked = self.0["linux"]["namespaces"].as_array().map(Vec::as_slice).unwrap_or_default();
         let mut namespaces = Vec::new();
         for namespace in asked {
@@ -207,22 +230,17 @@ impl Spec {
                 // The pod's network is the machine's.
             } else if path.is_empty() {
                 namespaces.push(namespace.clone());
+            } else if kind == "user" && !matches!(self.kind(), Kind::Member(_)) && self.0["linux"]["uidMappings"].is_array() {
+                // containerd 2 has made one for the pod's network; the guest makes its own, with the same mapping.
+                namespaces.push(json!({"type": kind}));
             } else {
                 let (pid, file) = process_namespace(path)
                     .and_then(|(pid, file)| Some((siblings.guest_pid(pid)?, file)))
-                    .ok_or_else(|| invalid(format!("the {kind} namespace {path} is not one of its pod's")))?;
+                    .ok_or_else(|| Error::Invalid(format!("container {container}: the {kind} namespace {path} is not one of its pod's")))?;
                 namespaces.push(json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")}));
             }
         }
-        let lacks = |kind: &str| !asked.iter().any(|namespace| namespace["type"] == kind);
-        for (kind, what) in [("network", "network"), ("pid", "process ids"), ("ipc", "IPC")] {
-            if lacks(kind) && host == HostNamespaces::Refuse {
-                return Err(invalid(format!(
-                    "it asks for the host's {what}, which a virtual machine cannot share; set pod.host_namespaces = \"pod\" to give it the pod's own"
-                )));
-            }
-        }
-        if lacks("pid") {
+        if self.lacks_namespace("pid") {
             // Never the agent's.
             namespaces.push(match siblings.sandbox_pid() {
                 Some(pid) => json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")}),
@@ -266,7 +284,19 @@ fn host_bind(mount: &Value, index: usize) -> Option<Bind> {
     }
     let follows = options.iter().any(|option| matches!(*option, "slave" | "rslave" | "shared" | "rshared"));
     let follow = if follows { Follow::Host } else { Follow::No };
-    Some(Bind { source: PathBuf::from(mount["source"].as_str()?), recursive, follow, name: index.to_string() })
+    let owners = IdMap::of(mount);
+    Some(Bind { source: PathBuf::from(mount["source"].as_str()?), recursive, follow, owners, name: index.to_string() })
+}
+
+/// Takes out of a mount what was done on the host: the mapping of its files' owners.
+fn forget_owners(mount: &mut Value) {
+    if let Some(mount) = mount.as_object_mut() {
+        mount.remove("uidMappings");
+        mount.remove("gidMappings");
+    }
+    if let Some(options) = mount["options"].as_array_mut() {
+        options.retain(|option| option != "idmap" && option != "ridmap");
+    }
 }
 
 /// Takes out what names things of the host that are not in the guest.
@@ -344,8 +374,8 @@ mod tests {
         assert_eq!(
             binds,
             [
-                Bind { source: "/srv/data".into(), recursive: true, follow: Follow::Host, name: "0".into() },
-                Bind { source: "/tmp/hosts".into(), recursive: false, follow: Follow::No, name: "1".into() }
+                Bind { source: "/srv/data".into(), recursive: true, follow: Follow::Host, owners: None, name: "0".into() },
+                Bind { source: "/tmp/hosts".into(), recursive: false, follow: Follow::No, owners: None, name: "1".into() }
             ]
         );
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "ipc"}]));

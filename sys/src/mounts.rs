@@ -23,6 +23,15 @@ pub struct Attributes {
     pub propagation: u64,
 }
 
+/// Has the owners of files in a mount that is not attached yet seen through a user namespace.
+///
+/// # Errors
+/// The kernel's; EINVAL when the file system cannot do that, or is mapped already.
+pub fn map_owners(mount: &impl AsFd, namespace: &impl AsFd, below: bool) -> io::Result<()> {
+    let userns_fd = namespace.as_fd().as_raw_fd().try_into().map_err(io::Error::other)?;
+    set(mount, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd }, below)
+}
+
 impl Attributes {
     /// Attributes to set and nothing else.
     pub const fn set(set: u64) -> Self {
@@ -68,8 +77,11 @@ pub fn move_mount(tree: &OwnedFd, target: &Path) -> io::Result<()> {
 /// # Errors
 /// The kernel's.
 pub fn set_attributes(mount: &impl AsFd, attributes: Attributes, below: bool) -> io::Result<()> {
-    let Attributes { set, clear, propagation } = attributes;
-    let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 };
+    let Attributes { set: attr_set, clear: attr_clr, propagation } = attributes;
+    set(mount, &libc::mount_attr { attr_set, attr_clr, propagation, userns_fd: 0 }, below)
+}
+
+fn set(mount: &impl AsFd, attr: &libc::mount_attr, below: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if below { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the attributes and the empty path live through the call, and the size is theirs.
     let result = unsafe {
@@ -78,7 +90,7 @@ pub fn set_attributes(mount: &impl AsFd, attributes: Attributes, below: bool) ->
             mount.as_fd().as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };

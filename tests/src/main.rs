@@ -14,6 +14,7 @@ mod leaks;
 mod network;
 mod pods;
 mod process;
+mod sequences;
 mod volumes;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -51,7 +52,7 @@ fn main() {
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);
-    let alone = libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE, pods::ALONE].concat()));
+    let alone = libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE, pods::ALONE, sequences::ALONE].concat()));
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {
         std::process::exit(101);

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{
-    ContainerState, ExecSyncRequest, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxState,
-    PodSandboxStatusRequest, StartContainerRequest, StopPodSandboxRequest,
+    ContainerState, ExecSyncRequest, IdMapping, LinuxContainerResources, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
+    PodSandboxState, PodSandboxStatusRequest, StartContainerRequest, StopPodSandboxRequest, UserNamespace,
 };
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP, security};
-use crate::ctr::run;
+use crate::ctr::{id, run, shell};
 use crate::host::{Inventory, assert_nothing_left};
 
 pub const TESTS: &[Test] = &[
@@ -19,7 +19,10 @@ pub const TESTS: &[Test] = &[
     ("limits_on_what_only_the_host_has_are_passed_over", limits_on_what_only_the_host_has_are_passed_over),
 ];
 
-pub const ALONE: &[Test] = &[("the_shim_makes_a_pods_sandbox_for_containerd_2", the_shim_makes_a_pods_sandbox_for_containerd_2)];
+pub const ALONE: &[Test] = &[
+    ("the_shim_makes_a_pods_sandbox_for_containerd_2", the_shim_makes_a_pods_sandbox_for_containerd_2),
+    ("root_of_a_pod_with_users_of_its_own_is_nobody_outside", root_of_a_pod_with_users_of_its_own_is_nobody_outside),
+];
 
 fn a_container_out_of_memory_is_said_to_be() {
     let mut pod = Pod::start(|_| ());
@@ -149,4 +152,41 @@ fn the_shim_makes_a_pods_sandbox_for_containerd_2() {
     }
     drop(pod);
     assert_nothing_left(&before);
+}
+
+fn root_of_a_pod_with_users_of_its_own_is_nobody_outside() {
+    const FIRST: u32 = 131_072;
+    let _containerd = Containerd2::start();
+    let folder = format!("/tmp/c2s/{}", id("volume"));
+    shell(&format!("mkdir -p {folder} && chown 0:0 {folder} && echo before > {folder}/old && chmod 0600 {folder}/old"));
+    for handler in ["caisson", "caisson-sandboxer"] {
+        let map = || vec![IdMapping { host_id: FIRST, container_id: 0, length: 65536 }];
+        let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: map(), gids: map() };
+        let namespaces =
+            NamespaceOption { pid: NamespaceMode::Container.into(), userns_options: Some(users), ..NamespaceOption::default() };
+        let mut pod = Pod::start_with(Containerd2::SOCKET, handler, |config| {
+            config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options = Some(namespaces.clone());
+        })
+        .unwrap();
+        let volume = Mount {
+            container_path: "/data".into(),
+            host_path: folder.clone(),
+            uid_mappings: map(),
+            gid_mappings: map(),
+            ..Mount::default()
+        };
+        let container = pod.run("mapped", SLEEP, |config| config.mounts = vec![volume]);
+        assert_eq!(pod.output(&container, "tr -s ' ' < /proc/self/uid_map"), format!("0 {FIRST} 65536"), "{handler}");
+        assert_eq!(pod.output(&container, "id -u; touch /made && stat -c %u:%g /made /bin/busybox"), "0\n0:0\n0:0", "{handler}");
+        // Its root is the volume's, on disk as in the pod, and the image's.
+        pod.output(&container, &format!("cat /data/old && echo after > /data/{handler} && chown 7:8 /data/{handler}"));
+        assert_eq!(shell(&format!("stat -c %u:%g {folder}/{handler}")), "7:8", "{handler}");
+        // A second container is in the same namespace, and so is an exec; it owns nothing of the guest.
+        let second = pod.run("second", SLEEP, |_| ());
+        let link = "readlink /proc/self/ns/user";
+        assert_eq!(pod.output(&container, link), pod.output(&second, link), "{handler}");
+        for forbidden in ["echo 1 > /proc/sys/kernel/panic", "mknod /tmp/sda b 8 0", "mount -o remount,rw /sys"] {
+            assert_ne!(pod.exec(&container, forbidden).exit_code, 0, "{handler}: {forbidden}");
+        }
+    }
 }

@@ -25,6 +25,7 @@ use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::devices::io_thread::Command;
 use crate::machine::{BootFiles, Machine, Running};
@@ -59,6 +60,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
         Side::Inside(inside) => inside.enter()?,
     }
     use_one_heap();
+    end_when_asked().context("take SIGTERM")?;
     raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
     let Some((Request::Boot(config), fds)) = control.receive(true).context("receive the boot request")? else {
         bail!("the shim closed the control socket before the boot request");
@@ -77,6 +79,19 @@ fn run(control: &Arc<Control>) -> Result<()> {
 fn use_one_heap() {
     // SAFETY: takes two numbers, and no other thread runs yet.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Ends the process on SIGTERM: containerd knows it as the pod's first process, and a namespace's
+/// process 1 is not ended by a signal that it has no handler for.
+#[expect(unsafe_code, reason = "a signal handler")]
+fn end_when_asked() -> nix::Result<()> {
+    extern "C" fn end(_: libc::c_int) {
+        // SAFETY: _exit is async-signal-safe and does not return.
+        unsafe { libc::_exit(128 + libc::SIGTERM) }
+    }
+    let action = SigAction::new(SigHandler::Handler(end), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler does nothing that a handler may not do.
+    unsafe { sigaction(Signal::SIGTERM, &action) }.map(drop)
 }
 
 /// Names the descriptors that came with the boot request, in the order that [`Request::Boot`] states.

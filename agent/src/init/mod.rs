@@ -133,13 +133,14 @@ fn create(id: &str, agent: &Agent) -> Result<()> {
     let process = spec.process().as_ref().context("the specification has no process")?;
     Cgroup::of(id).enter()?;
     identity::set_limits(process)?;
+    rootfs::set_network_sysctls(&spec)?;
     namespaces::make(&spec, || {
         agent.report(&Report::MapUsers, None)?;
         ensure!(agent.wait()?, "the user namespace was not mapped");
         Ok(())
     })?;
     in_child(agent, || {
-        rootfs::enter(&spec)?;
+        rootfs::enter(id, &spec)?;
         let console = wanted_terminal(process)?;
         if let Some(console) = &console {
             rootfs::add_console(console)?;

@@ -143,11 +143,11 @@ pub fn propagation(option: &str) -> Option<MsFlags> {
 }
 
 /// Makes one mount of a specification, in a root that was entered already: symbolic links in the
-/// destination stay within it.
+/// destination stay within it. `cgroup` is the folder of the container's cgroup in the guest.
 ///
 /// # Errors
 /// Which mount could not be made, and why.
-pub fn make(entry: &Mount, old_root: impl AsFd) -> Result<()> {
+pub fn make(entry: &Mount, old_root: impl AsFd, cgroup: &Path) -> Result<()> {
     let options = Options::parse(entry.options().as_deref().unwrap_or_default());
     let target = Path::new("/").join(entry.destination());
     let kind = entry.typ().as_deref().unwrap_or("none");
@@ -155,8 +155,14 @@ pub fn make(entry: &Mount, old_root: impl AsFd) -> Result<()> {
         bind(entry, &options, old_root, &target)
     } else {
         match mount_new(entry, kind, &options, &target) {
-            // In a user namespace that does not own the pod's network: the guest's own stands for it.
-            Err(error) if kind == "sysfs" && error.downcast_ref() == Some(&Errno::EPERM) => bind_sysfs(&options, old_root, &target),
+            // In a user namespace that does not own the pod's network: the guest's own stands for it,
+            Err(error) if kind == "sysfs" && error.downcast_ref() == Some(&Errno::EPERM) => {
+                bind_own(Path::new("/sys"), &options, old_root, &target)
+            }
+            // with all that is mounted in it, over which the container's part of it comes.
+            Err(error) if kind.starts_with("cgroup") && matches!(error.downcast_ref(), Some(Errno::EPERM | Errno::EBUSY)) => {
+                bind_own(cgroup, &options, old_root, &target)
+            }
             outcome => outcome,
         }
     };
@@ -186,8 +192,9 @@ fn bind(entry: &Mount, options: &Options<'_>, old_root: impl AsFd, target: &Path
     trees::move_mount(&tree, target).context("attach it")
 }
 
-fn bind_sysfs(options: &Options<'_>, old_root: impl AsFd, target: &Path) -> Result<()> {
-    let tree = trees::open_tree(old_root, Path::new("./sys"), true).context("open the guest's /sys")?;
+/// Binds a folder of the guest's own file systems.
+fn bind_own(source: &Path, options: &Options<'_>, old_root: impl AsFd, target: &Path) -> Result<()> {
+    let tree = trees::open_tree(old_root, &below_root(source)?, true).with_context(|| format!("open {}", source.display()))?;
     trees::set_attributes(&tree, options.attributes, false).context("set its attributes")?;
     trees::move_mount(&tree, target).context("attach it")
 }

@@ -1,7 +1,6 @@
 //! Namespaces: new ones for a container, a container's own for an exec.
 
 use std::fs::File;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -37,10 +36,23 @@ pub fn make(spec: &Spec, map_users: impl FnOnce() -> Result<()>) -> Result<()> {
     let linux = spec.linux().as_ref().context("the specification has no linux section")?;
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
     let mut fresh = CloneFlags::CLONE_NEWNS;
+    let mut joined = Vec::new();
     for namespace in namespaces {
         match namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
-            Some(path) => enter(path, flag(namespace.typ()))?,
+            Some(path) => {
+                let file = File::open(path).with_context(|| format!("open the namespace {}", path.display()))?;
+                joined.push((namespace.typ(), path, file));
+            }
             None => fresh |= flag(namespace.typ()),
+        }
+    }
+    // All are open before the first is joined: a user namespace's root may not look into processes of
+    // the guest. That one comes first, since it owns the others.
+    joined.sort_by_key(|(kind, ..)| *kind != LinuxNamespaceType::User);
+    for (kind, path, file) in joined {
+        setns(file, flag(kind)).with_context(|| format!("enter the namespace {}", path.display()))?;
+        if kind == LinuxNamespaceType::User {
+            become_root()?;
         }
     }
     if fresh.contains(CloneFlags::CLONE_NEWUSER) {
@@ -81,11 +93,6 @@ pub fn join(spec: &Spec, target: Pid) -> Result<()> {
         become_root()?;
     }
     Ok(())
-}
-
-fn enter(path: &Path, kind: CloneFlags) -> Result<()> {
-    let namespace = File::open(path).with_context(|| format!("open the namespace {}", path.display()))?;
-    setns(namespace, kind).with_context(|| format!("enter the namespace {}", path.display()))
 }
 
 /// In a new user namespace we are nobody until we ask to be its root.

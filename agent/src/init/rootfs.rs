@@ -20,6 +20,7 @@ use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
 
 use super::mounts;
 use super::terminal::Terminal;
+use crate::cgroup::Cgroup;
 
 /// What every container has in its /dev (runtime-spec `config-linux.md`, "Default Devices").
 const DEVICES: &[(&str, u64, u64)] = &[("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
@@ -36,7 +37,7 @@ const ANYONE: u32 = 0o666;
 ///
 /// # Errors
 /// What could not be mounted, made or written, and why.
-pub fn enter(spec: &Spec) -> Result<()> {
+pub fn enter(id: &str, spec: &Spec) -> Result<()> {
     let root = spec.root().as_ref().context("the specification has no root")?.path();
     let linux = spec.linux().as_ref().context("the specification has no linux section")?;
     // Nothing that happens here reaches the agent's mounts; what the agent mounts later comes here.
@@ -51,15 +52,13 @@ pub fn enter(spec: &Spec) -> Result<()> {
 
     let entries = spec.mounts().as_deref().unwrap_or_default();
     for entry in entries {
-        mounts::make(entry, &old_root)?;
+        mounts::make(entry, &old_root, Cgroup::of(id).dir())?;
     }
     let brings_devices = entries.iter().any(|entry| entry.destination() == Path::new("/dev") && !mounts::is_device_folder(entry));
     if !brings_devices {
         fill_dev(linux, &old_root)?;
     }
-    for (name, value) in linux.sysctl().iter().flatten() {
-        set_sysctl(name, value)?;
-    }
+    set_sysctls(linux, |name| !is_of_the_network(name))?;
     let process = spec.process().as_ref().context("the specification has no process")?;
     // A working folder that the image lacks is made, as other runtimes do; a root that cannot be
     // written says what is wrong when the folder is entered.
@@ -210,7 +209,24 @@ fn make_device(path: &Path, kind: SFlag, number: libc::dev_t, mode: u32, old_roo
     }
 }
 
-/// Sets a kernel parameter of the container's namespaces.
+/// Sets the parameters of the pod's network, which is the machine's: a container's own root may not
+/// be allowed to.
+///
+/// # Errors
+/// Which parameter could not be set, and why.
+pub fn set_network_sysctls(spec: &Spec) -> Result<()> {
+    spec.linux().as_ref().map_or(Ok(()), |linux| set_sysctls(linux, is_of_the_network))
+}
+
+fn is_of_the_network(name: &str) -> bool {
+    name.starts_with("net.") || name.starts_with("net/")
+}
+
+fn set_sysctls(linux: &Linux, which: impl Fn(&str) -> bool) -> Result<()> {
+    linux.sysctl().iter().flatten().filter(|(name, _)| which(name)).try_for_each(|(name, value)| set_sysctl(name, value))
+}
+
+/// Sets a kernel parameter of the calling process's namespaces.
 fn set_sysctl(name: &str, value: &str) -> Result<()> {
     // Dots separate folders, as sysctl(8) has it; an interface's name may hold a dot as a slash.
     let path: String = name
