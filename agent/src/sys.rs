@@ -74,6 +74,13 @@ fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Has a write to a closed pipe end the process, as programs expect it: the Rust runtime ignores
+/// SIGPIPE, and execve(2) keeps that.
+pub fn restore_sigpipe() {
+    // SAFETY: the default action is no code of ours.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// Waits for a file's exceptional events, as those of cgroup and proc files are.
 pub fn watch_exceptions(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: a File's descriptor is its own and stays open as long as it lives, which is in there.

@@ -91,6 +91,7 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
     passthrough::Config {
         root_dir: "/".into(),
         cache_policy,
+        writeback: config.writeback,
         entry_timeout: timeout,
         attr_timeout: timeout,
         xattr: true,

@@ -124,6 +124,10 @@ impl Inside {
                 // Slave, not private: what the shim mounts into the share later must appear here.
                 mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).step("make mounts slaves")?;
                 pivot_here()?;
+                // The folders that the shim mounts on are the shim's: what is served is mounted there later,
+                // with rights of its own.
+                let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+                mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>).step("make the root read-only")?;
                 limit_capabilities(FILE_SERVER_CAPS)?;
             }
         }

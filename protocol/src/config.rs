@@ -66,6 +66,8 @@ pub struct Config {
     pub host_namespaces: HostNamespaces,
     /// What the guest may cache.
     pub fs_cache: CachePolicy,
+    /// Whether the guest collects writes.
+    pub fs_writeback: bool,
     /// Worker threads of the virtio-fs server.
     pub fs_threads: u32,
     /// From the VMM's start to the agent's answer, in milliseconds.
@@ -101,6 +103,7 @@ impl Default for Config {
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
             host_namespaces: HostNamespaces::Refuse,
             fs_cache: CachePolicy::Auto,
+            fs_writeback: false,
             fs_threads: 0,
             boot_timeout_ms: 30_000,
             agent_timeout_ms: 30_000,

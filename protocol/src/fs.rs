@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub struct FsConfig {
     /// How long the guest may trust what it cached.
     pub cache: CachePolicy,
+    /// Whether the guest may collect writes before it makes them.
+    pub writeback: bool,
     /// Worker threads, 0 to serve on the queue's own thread.
     pub threads: usize,
 }

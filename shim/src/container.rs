@@ -8,13 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use anyhow::{Context, Result};
 use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
 use containerd_shim_protos::types::mount::Mount;
-use nix::mount::MsFlags;
 
 use crate::errors::{self, Error};
-use crate::mounts::{self, Follow};
+use crate::mounts::{self, How, ReadOnly};
 use crate::process::Process;
 use crate::spec::{Bind, Spec};
-use crate::store::{remove_empty_tree, unmount_below};
+use crate::store::{Store, remove_empty_tree, unmount_below};
 
 /// Mounts within a container's volumes: a node has some hundreds.
 const MAX_INNER_MOUNTS: usize = 4096;
@@ -136,24 +135,25 @@ impl TaskId {
 /// A container's folder in the share; its mounts come off when it is dropped unless kept.
 pub struct ShareFolder {
     path: PathBuf,
+    run_dir: PathBuf,
     kept: bool,
 }
 
 impl ShareFolder {
-    /// Mounts a container's root file system and its bind mounts into the share.
+    /// Mounts a container's root file system and its bind mounts into the pod's share.
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn make(share: &Path, container: &str, spec: &Spec, bundle: &Path, rootfs: &[Mount], binds: &[Bind]) -> Result<Self> {
-        let folder = Self { path: share.join(container), kept: false };
+    pub fn make(store: &Store, container: &str, spec: &Spec, bundle: &Path, rootfs: &[Mount], binds: &[Bind]) -> Result<Self> {
+        let folder = Self { path: store.share().join(container), run_dir: store.run_dir().to_owned(), kept: false };
         let root = folder.path.join(ROOTFS_DIR);
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         if rootfs.is_empty() {
             let source = spec.root_path(bundle);
-            mounts::bind(&source, &root, true, MsFlags::empty(), Follow::No, None)
+            mounts::bind(&source, &root, &How { below: true, ..How::default() })
                 .with_context(|| format!("bind the root file system {}", source.display()))?;
         } else {
-            mounts::mount_rootfs(rootfs, &root)?;
+            mounts::mount_rootfs(rootfs, &root, &store.dir().join("layers"))?;
         }
         for bind in binds {
             folder.bind(bind)?;
@@ -170,24 +170,41 @@ impl ShareFolder {
             std::fs::create_dir_all(&target).with_context(what)?;
         } else {
             std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
-            std::fs::File::create(&target).with_context(what)?;
+            std::fs::File::create_new(&target).with_context(what)?;
         }
-        mounts::bind(source, &target, bind.recursive, MsFlags::empty(), bind.follow, bind.owners.as_ref()).with_context(what)
+        mounts::bind(source, &target, &bind.how).with_context(what)?;
+        self.prune(&source.canonicalize().with_context(what)?, &target).with_context(what)
     }
 
-    /// What is mounted within the bound folders, as the guest's paths.
+    /// Takes what pods have mounted for themselves out of a bound folder: a pod with all of the host's
+    /// files would hold a copy of every other pod's, and the next such pod copies of those.
+    fn prune(&self, source: &Path, target: &Path) -> Result<()> {
+        if source.starts_with(&self.run_dir) {
+            mounts::below(target)?.iter().try_for_each(|inner| unmount_below(&target.join(inner)))
+        } else if let Ok(inside) = self.run_dir.strip_prefix(source) {
+            unmount_below(&target.join(inside))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// What is mounted within the folders that are bound read-only, but not with all below them, as
+    /// the guest's paths.
     ///
     /// The guest finds such a mount when it first goes there, and gives it the attributes of the
-    /// one that leads to it: one that is only read from the outside on must be found before.
+    /// one that leads to it: it must be found before that one is made read-only.
     ///
     /// # Errors
     /// When there are more than a machine is to know of, or the kernel's list cannot be read.
-    pub fn inner_mounts(&self, container: &str) -> Result<Vec<String>> {
-        let bound = mounts::below(&self.path.join(MOUNTS_DIR))?;
-        // The first component is the bound folder itself.
-        let inner: Vec<_> = bound.iter().filter(|path| path.components().count() > 1).collect();
+    pub fn inner_mounts(&self, container: &str, binds: &[Bind]) -> Result<Vec<String>> {
+        let mut inner = Vec::new();
+        for bind in binds.iter().filter(|bind| bind.how.below && bind.how.read_only == ReadOnly::Top) {
+            let guest = Path::new(SHARE_DIR).join(container).join(MOUNTS_DIR).join(&bind.name);
+            let mounts = mounts::below(&self.path.join(MOUNTS_DIR).join(&bind.name))?;
+            inner.extend(mounts.into_iter().map(|path| guest.join(path).to_string_lossy().into_owned()));
+        }
         anyhow::ensure!(inner.len() <= MAX_INNER_MOUNTS, "its volumes hold {} mounts; at most {MAX_INNER_MOUNTS} are allowed", inner.len());
-        Ok(inner.into_iter().map(|path| format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{}", path.display())).collect())
+        Ok(inner)
     }
 
     /// Leaves the mounts in place.

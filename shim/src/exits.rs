@@ -19,6 +19,9 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// The same for an exec, which may leave a process that keeps the output open.
 const SETTLE_EXEC: Duration = Duration::from_millis(200);
 
+/// Between two reports that a container ran out of memory.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
+
 impl Pod {
     /// Publishes a process's exit when it comes, or 137 when the machine dies first.
     pub fn watch_exit(self: &Arc<Self>, machine: &Arc<Machine>, container: &Arc<Container>, process: Arc<Process>) {
@@ -61,9 +64,16 @@ impl Pod {
     pub fn watch_oom(self: &Arc<Self>, machine: &Arc<Machine>, container: &Arc<Container>) {
         let (pod, agent, container) = (Arc::clone(self), machine.sandbox.agent.clone(), Arc::clone(container));
         tokio::spawn(async move {
-            // Ends with the container or the machine.
-            while let Ok(kills) = agent.wait_oom(&container.id, container.oom_kills.load(Ordering::Acquire)).await {
+            // Ends with the container or the machine, or with an answer that is none.
+            loop {
+                let known = container.oom_kills.load(Ordering::Acquire);
+                let Ok(kills) = agent.wait_oom(&container.id, known).await else { return };
+                if kills <= known {
+                    return;
+                }
                 pod.note_oom(&container, kills);
+                // However fast the guest counts, containerd hears of it at a bearable rate.
+                tokio::time::sleep(OOM_PAUSE).await;
             }
         });
     }

@@ -27,13 +27,23 @@ pub struct IdMap {
 impl IdMap {
     /// The mapping that an object of an OCI specification asks for in `uidMappings` and
     /// `gidMappings`; `None` when in neither.
-    pub fn of(object: &Value) -> Option<Self> {
+    ///
+    /// # Errors
+    /// When only one of the two is there, or a range is not three numbers.
+    pub fn of(object: &Value) -> Result<Option<Self>> {
         let number = |range: &Value, key: &str| u32::try_from(range[key].as_u64()?).ok();
-        let list = |key: &str| -> Option<Vec<_>> {
-            let ranges = object[key].as_array()?;
-            ranges.iter().map(|range| Some((number(range, "containerID")?, number(range, "hostID")?, number(range, "size")?))).collect()
+        let list = |key: &str| -> Result<Vec<_>> {
+            let ranges = object[key].as_array().into_iter().flatten();
+            let ranges = ranges.map(|range| Some((number(range, "containerID")?, number(range, "hostID")?, number(range, "size")?)));
+            ranges.collect::<Option<_>>().with_context(|| format!("{key}: a range is not three numbers"))
         };
-        Some(Self { users: list("uidMappings")?, groups: list("gidMappings")? }).filter(|map| !map.users.is_empty())
+        Self { users: list("uidMappings")?, groups: list("gidMappings")? }.complete()
+    }
+
+    /// Neither half of a mapping is of use without the other.
+    fn complete(self) -> Result<Option<Self>> {
+        ensure!(self.users.is_empty() == self.groups.is_empty(), "a mapping of owners needs users and groups");
+        Ok(Some(self).filter(|map| !map.users.is_empty()))
     }
 
     /// Takes the options by which containerd asks for a mapped root file system out of those of a
@@ -53,8 +63,7 @@ impl IdMap {
             let ranges: Option<Vec<_>> = option[name.len()..].split(',').map(range).collect();
             ranges.with_context(|| format!("mount option {option:?}: expected {name}ID:ID:SIZE"))
         };
-        let map = Self { users: take("uidmap=")?, groups: take("gidmap=")? };
-        Ok(Some(map).filter(|map| !map.users.is_empty()))
+        Self { users: take("uidmap=")?, groups: take("gidmap=")? }.complete()
     }
 
     /// A user namespace with this mapping.
@@ -65,8 +74,8 @@ impl IdMap {
         for ranges in [&self.users, &self.groups] {
             ensure!((1..=MAX_RANGES).contains(&ranges.len()), "a mapping has {} ranges; allowed are 1 to {MAX_RANGES}", ranges.len());
         }
-        let program = std::env::current_exe().context("find this program")?;
-        let mut holder = Command::new(program)
+        // Not by its path: another version may stand there by now.
+        let mut holder = Command::new("/proc/self/exe")
             .arg(HOLDER)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -76,7 +85,7 @@ impl IdMap {
         let namespace = self.fill(&mut holder);
         // It ends with its standard input.
         drop(holder.stdin.take());
-        // Whoever waits for any child may have been faster.
+        // How it ended says nothing more.
         let _ = holder.wait();
         namespace
     }
@@ -112,11 +121,12 @@ mod tests {
     #[test]
     fn both_ways_of_asking_are_understood() {
         let ranges = serde_json::json!([{"containerID": 0, "hostID": 65536, "size": 10}]);
-        let map = IdMap::of(&serde_json::json!({"uidMappings": ranges, "gidMappings": ranges})).unwrap();
+        let map = IdMap::of(&serde_json::json!({"uidMappings": ranges, "gidMappings": ranges})).unwrap().unwrap();
         let mut options = vec!["lowerdir=/a", "uidmap=0:65536:10", "gidmap=0:65536:10"];
         assert_eq!(IdMap::take_from(&mut options).unwrap(), Some(map));
         assert_eq!(options, ["lowerdir=/a"]);
-        assert_eq!((IdMap::take_from(&mut options).unwrap(), IdMap::of(&serde_json::json!({}))), (None, None));
+        assert_eq!((IdMap::take_from(&mut options).unwrap(), IdMap::of(&serde_json::json!({})).unwrap()), (None, None));
+        assert!(IdMap::of(&serde_json::json!({"uidMappings": ranges})).is_err());
     }
 
     #[test]

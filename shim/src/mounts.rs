@@ -1,5 +1,8 @@
 //! Mounts on the host: a container's root file system and its bind mounts, put into the share.
 
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -55,13 +58,15 @@ fn parse_options(options: &[String]) -> (MsFlags, Vec<&str>) {
 
 /// Mounts what containerd's snapshotter prepared at `target`, in order, one over the other.
 ///
+/// `scratch` is a folder that the guest does not see, and that is gone afterwards.
+///
 /// # Errors
 /// Which mount failed, and why.
-pub fn mount_rootfs(mounts: &[Mount], target: &Path) -> Result<()> {
+pub fn mount_rootfs(mounts: &[Mount], target: &Path, scratch: &Path) -> Result<()> {
     for one in mounts {
         // containerd 1.7 and later may name a place within the root file system.
         let target = if one.target.is_empty() { target.to_owned() } else { inside(target, Path::new(&one.target))? };
-        mount_one(&one.type_, &one.source, &one.options, &target)
+        mount_one(&one.type_, &one.source, &one.options, &target, scratch)
             .with_context(|| format!("mount the root file system ({} of {})", one.type_, one.source))?;
     }
     Ok(())
@@ -75,16 +80,20 @@ fn inside(root: &Path, path: &Path) -> Result<PathBuf> {
     Ok(root.join(path.strip_prefix("/").unwrap_or(path)))
 }
 
-fn mount_one(kind: &str, source: &str, options: &[String], target: &Path) -> Result<()> {
+fn mount_one(kind: &str, source: &str, options: &[String], target: &Path, scratch: &Path) -> Result<()> {
     let (flags, mut data) = parse_options(options);
     let owners = IdMap::take_from(&mut data)?;
     // Device nodes in the share mean something in the guest, never on the host.
     let flags = flags | MsFlags::MS_NODEV;
     if flags.contains(MsFlags::MS_BIND) {
-        return bind(Path::new(source), target, flags.contains(MsFlags::MS_REC), flags, Follow::No, owners.as_ref());
+        let read_only = if flags.contains(MsFlags::MS_RDONLY) { ReadOnly::Top } else { ReadOnly::No };
+        return bind(Path::new(source), target, &How { below: flags.contains(MsFlags::MS_REC), read_only, owners, ..How::default() });
     }
     if let Some(owners) = owners {
-        return mount_mapped_overlay(kind, source, target, flags, &data, &owners);
+        if kind != "overlay" {
+            bail!("files of {kind} cannot have other owners in a pod than on disk; overlay's can");
+        }
+        return mount_mapped_overlay(source, target, flags, &data, &owners, scratch);
     }
     if kind == "overlay" {
         return mount_overlay(source, target, flags, &data);
@@ -105,41 +114,66 @@ fn mount_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str]) -> 
 }
 
 /// Whether mounts that the host makes or takes away below a bound folder do so in its copy, too.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Follow {
     /// The copy is of what there is now.
+    #[default]
     No,
     /// It follows the host, and the host never follows it.
     Host,
 }
 
-/// The flags that are attributes of a mount, as mount_setattr(2) has them.
-const ATTRIBUTES: &[(MsFlags, u64)] = &[
-    (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
-    (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
-    (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
-];
+/// What of a bound folder cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReadOnly {
+    /// Nothing that its source lets write.
+    #[default]
+    No,
+    /// What is not mounted within it.
+    Top,
+    /// Everything.
+    All,
+}
 
-/// Binds `source` at `target`, with all mounted below it when `below`.
+/// What a bound folder's copy is like.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct How {
+    /// With everything mounted below it.
+    pub below: bool,
+    /// Whether it follows the host.
+    pub follow: Follow,
+    /// What of it cannot be written, also by a guest that breaks out of its own rules.
+    pub read_only: ReadOnly,
+    /// The owners that its files have in it, where they are others than on disk.
+    pub owners: Option<IdMap>,
+    /// Whether those of what is mounted below it are mapped as well.
+    pub owners_below: bool,
+}
+
+/// Binds `source` at `target`.
 ///
 /// The copy leaves its source's peer group before it is attached: what is unmounted in the share
-/// when a container ends stays mounted on the host. Flags of the source stay; those of `flags` come
-/// in addition, and device nodes mean something in the guest only. With `owners` its files have
-/// other owners in the share than on disk.
+/// when a container ends stays mounted on the host. Flags of the source stay, and device nodes mean
+/// something in the guest only.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn bind(source: &Path, target: &Path, below: bool, flags: MsFlags, follow: Follow, owners: Option<&IdMap>) -> Result<()> {
-    let propagation = if follow == Follow::Host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
-    let tree = trees::open_tree(AT_FDCWD, source, below)?;
-    let all = Attributes { set: libc::MOUNT_ATTR_NODEV, clear: 0, propagation: propagation.bits() };
-    trees::set_attributes(&tree, all, below).context("part the copy from its source (Linux 5.12 is needed)")?;
-    let set = ATTRIBUTES.iter().filter(|(flag, _)| flags.contains(*flag)).fold(0, |set, (_, attribute)| set | attribute);
-    if set != 0 {
-        trees::set_attributes(&tree, Attributes::set(set), false)?;
+pub fn bind(source: &Path, target: &Path, how: &How) -> Result<()> {
+    let namespace = how.owners.as_ref().map(IdMap::namespace).transpose()?;
+    bind_mapped(source, target, how, namespace.as_ref())
+}
+
+fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>) -> Result<()> {
+    let propagation = if how.follow == Follow::Host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
+    let tree = trees::open_tree(AT_FDCWD, source, how.below)?;
+    let read_only = if how.read_only == ReadOnly::All { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let all = Attributes { set: libc::MOUNT_ATTR_NODEV | read_only, clear: 0, propagation: propagation.bits() };
+    trees::set_attributes(&tree, all, how.below).context("part the copy from its source (Linux 5.12 is needed)")?;
+    if how.read_only == ReadOnly::Top {
+        trees::set_attributes(&tree, Attributes::set(libc::MOUNT_ATTR_RDONLY), false)?;
     }
     if let Some(owners) = owners {
-        trees::map_owners(&tree, &owners.namespace()?, below).context("map the owners of its files")?;
+        trees::map_owners(&tree, owners, how.owners_below).context("map the owners of its files")?;
     }
     Ok(trees::move_mount(&tree, target)?)
 }
@@ -159,50 +193,41 @@ pub fn below(folder: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// When the kernel's list cannot be read.
 pub fn points() -> Result<Vec<PathBuf>> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("read the mounts")?;
-    Ok(mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(unescape(point))).collect())
+    // Any byte but a few may be in a path.
+    let mounts = std::fs::read("/proc/self/mountinfo").context("read the mounts")?;
+    let points = mounts.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    Ok(points.map(|point| PathBuf::from(OsString::from_vec(unescape(point)))).collect())
 }
 
 /// The kernel writes blanks and backslashes in mountinfo in octal.
-fn unescape(text: &str) -> String {
-    let mut out = String::new();
+fn unescape(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
     let mut rest = text;
-    while let Some((before, after)) = rest.split_once('\\') {
-        out.push_str(before);
-        match after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                out.push(char::from(byte));
-                rest = &after[3..];
-            }
-            None => {
-                out.push('\\');
-                rest = after;
-            }
-        }
+    while let Some((&byte, after)) = rest.split_first() {
+        let octal =
+            after.get(..3).filter(|_| byte == b'\\').and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        out.push(octal.unwrap_or(byte));
+        rest = if octal.is_some() { &after[3..] } else { after };
     }
-    out.push_str(rest);
     out
 }
 
 /// An overlay whose layers' files have other owners than on disk; what is written above them has
 /// those of the share.
 ///
-/// The layers' mapped copies are attached for the overlay to find them, beside its own place, and
-/// taken away again.
-fn mount_mapped_overlay(kind: &str, source: &str, target: &Path, flags: MsFlags, data: &[&str], owners: &IdMap) -> Result<()> {
+/// The layers' mapped copies are attached for the overlay to find them, where the guest does not see
+/// them, and taken away again.
+fn mount_mapped_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str], owners: &IdMap, scratch: &Path) -> Result<()> {
     const LOWER: &str = "lowerdir=";
-    if kind != "overlay" {
-        bail!("files of {kind} cannot have other owners in a pod than on disk; overlay's can");
-    }
     let lower = data.iter().find_map(|option| option.strip_prefix(LOWER)).context("overlay without lowerdir")?;
-    let places = folder_beside(target)?;
+    let namespace = owners.namespace()?;
+    let how = How { read_only: ReadOnly::Top, ..How::default() };
     let outcome = (|| {
         let mut layers = Vec::new();
         for (index, layer) in lower.split(':').enumerate() {
-            let place = places.join(index.to_string());
-            std::fs::create_dir(&place).with_context(|| format!("create {}", place.display()))?;
-            bind(Path::new(layer), &place, false, MsFlags::empty(), Follow::No, Some(owners))
-                .with_context(|| format!("map layer {layer}"))?;
+            let place = scratch.join(index.to_string());
+            std::fs::create_dir_all(&place).with_context(|| format!("create {}", place.display()))?;
+            bind_mapped(Path::new(layer), &place, &how, Some(&namespace)).with_context(|| format!("map layer {layer}"))?;
             layers.push(place.to_string_lossy().into_owned());
         }
         let mut options: Vec<String> = data.iter().filter(|option| !option.starts_with(LOWER)).map(|option| (*option).to_owned()).collect();
@@ -210,16 +235,9 @@ fn mount_mapped_overlay(kind: &str, source: &str, target: &Path, flags: MsFlags,
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         mount_overlay(source, target, flags, &options)
     })();
-    unmount_below(&places)?;
-    remove_empty_tree(&places)?;
+    unmount_below(scratch)?;
+    remove_empty_tree(scratch)?;
     outcome
-}
-
-/// A folder for what is mounted for a moment.
-fn folder_beside(target: &Path) -> Result<PathBuf> {
-    let folder = target.with_extension("layers");
-    std::fs::create_dir(&folder).with_context(|| format!("create {}", folder.display()))?;
-    Ok(folder)
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they
@@ -274,7 +292,7 @@ mod tests {
 
     #[test]
     fn mount_points_are_unescaped() {
-        assert_eq!(unescape("/a\\040b\\134c"), "/a b\\c");
+        assert_eq!(unescape(b"/a\\040b\\134c\xff"), b"/a b\\c\xff");
     }
 
     #[test]

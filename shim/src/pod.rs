@@ -20,7 +20,7 @@ use crate::events::{Events, Topic, timestamp};
 use crate::flags::check_name;
 use crate::machine::{Machine, Name};
 use crate::process::{Process, Status};
-use crate::spec::{Siblings, Spec};
+use crate::spec::{self, Siblings, Spec};
 use crate::stdio::{self, Paths};
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
@@ -148,6 +148,8 @@ impl Pod {
             // Nothing of a pod that never had a container stays.
             machine.end("its first container could not be created");
             lock(&self.machine).take();
+        } else if created.is_err() {
+            machine.store.change(|record| record.containers.retain(|other| other != request.id))?;
         }
         let pid = created?;
         log::info!("container {} was created in {} ms", request.id, begin.elapsed().as_millis());
@@ -159,9 +161,8 @@ impl Pod {
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
-        let folder =
-            ShareFolder::make(&machine.store.share(), request.id, request.spec, Path::new(request.bundle), request.rootfs, &binds)?;
-        let inner_mounts = folder.inner_mounts(request.id)?;
+        let folder = ShareFolder::make(&machine.store, request.id, request.spec, Path::new(request.bundle), request.rootfs, &binds)?;
+        let inner_mounts = folder.inner_mounts(request.id, &binds)?;
         let sandbox = &machine.sandbox;
         let opened = stdio::open(&request.paths, request.id, &self.name.namespace, || sandbox.next_port())?;
         let ports = opened.ports.clone();
@@ -170,6 +171,10 @@ impl Pod {
             Ok(pid) => pid,
             Err(error) => {
                 process.close_streams(sandbox).await;
+                if matches!(error, Error::Timeout(_)) {
+                    // It may be there all the same, and its id is to be free again.
+                    let _ = sandbox.agent.delete(request.id, "").await;
+                }
                 return Err(error);
             }
         };
@@ -241,6 +246,7 @@ impl Pod {
             return Err(Error::AlreadyExists(format!("exec {exec} of container {id}")));
         }
         let machine = self.machine()?;
+        let process_spec = spec::with_terminal(&process_spec, paths.terminal)?;
         let opened = stdio::open(&paths, id, &self.name.namespace, || machine.sandbox.next_port())?;
         let ports = opened.ports.clone();
         let process = Process::new(&machine.sandbox, exec, paths, opened).await?;
@@ -257,6 +263,9 @@ impl Pod {
     pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
+        if !exec.is_empty() && process.status() == Status::Created {
+            return Err(Error::Precondition(format!("{}: it was not started", describe(id, exec))));
+        }
         let finished = || Error::NotFound(format!("{}: process already finished", describe(id, exec)));
         if process.exited().is_some() && !all {
             return Err(finished());

@@ -151,7 +151,7 @@ impl Boot<'_> {
         store.add_process("vmm", vmm.pid())?;
 
         self.enter("starting the virtio-fs server");
-        let fs_config = FsConfig { cache: config.fs_cache, threads: config.fs_threads as usize };
+        let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads: config.fs_threads as usize };
         let watched = Arc::clone(&vmm);
         let fs = start_fs(&config.fs_path, &store.share(), &fs_config, fs_listener, move |reason| async move {
             // The server ends with a monitor that ends, and then it is the monitor that knows why.
@@ -164,6 +164,10 @@ impl Boot<'_> {
         started.fs = Some(Arc::clone(&fs));
         store.add_process("fs", fs.pid)?;
         join_cgroup(store, self.spec, &[vmm.pid(), fs.pid])?;
+        for pid in [vmm.pid(), fs.pid] {
+            // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
+            std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").with_context(|| format!("set the OOM score of process {pid}"))?;
+        }
         let processes = self.begin.elapsed();
 
         self.enter("setting up the virtual machine");

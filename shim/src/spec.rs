@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use caisson_protocol::config::HostNamespaces;
 use caisson_protocol::guest::{MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::cri::PodFile;
 use crate::errors::{self, Error};
 use crate::idmap::IdMap;
-use crate::mounts::Follow;
+use crate::mounts::{Follow, How, ReadOnly};
 
 /// A larger specification does not fit into a message to the agent (ttrpc: 4 MiB).
 const MAX_BYTES: u64 = 3 << 20;
@@ -25,12 +25,8 @@ const DEFAULT_PERIOD: u64 = 100_000;
 pub struct Bind {
     /// On the host.
     pub source: PathBuf,
-    /// With everything mounted below it.
-    pub recursive: bool,
-    /// Whether it follows later mounts of the host.
-    pub follow: Follow,
-    /// The owners that its files have in the container, where they are others than on disk.
-    pub owners: Option<IdMap>,
+    /// What its copy in the share is like.
+    pub how: How,
     /// Name in the container's `mounts` folder.
     pub name: String,
 }
@@ -73,6 +69,18 @@ pub fn pod_of(path: &Path) -> Result<Option<String>> {
         Kind::Single | Kind::Sandbox => None,
         Kind::Member(pod) => Some(pod),
     })
+}
+
+/// An exec's process object that has a terminal or none as the request says, which is what its
+/// streams are made by.
+///
+/// # Errors
+/// When it is no JSON object.
+pub fn with_terminal(process: &[u8], terminal: bool) -> errors::Result<Vec<u8>> {
+    let parsed: Option<Map<String, Value>> = serde_json::from_slice(process).ok();
+    let mut process = parsed.ok_or_else(|| Error::Invalid("the exec's process is no JSON object".into()))?;
+    process.insert("terminal".into(), terminal.into());
+    Ok(Value::from(process).to_string().into_bytes())
 }
 
 impl Spec {
@@ -183,7 +191,9 @@ impl Spec {
             if self.is_pod_shm(mount) {
                 mount["source"] = json!(SHM_DIR);
                 mount["type"] = json!("bind");
-            } else if let Some(bind) = host_bind(mount, binds.len()) {
+            } else if let Some(bind) =
+                host_bind(mount, binds.len()).map_err(|error| Error::Invalid(format!("container {container}: {error:#}")))?
+            {
                 mount["source"] = json!(format!("{place}/{MOUNTS_DIR}/{}", bind.name));
                 mount["type"] = json!("bind");
                 forget_owners(mount);
@@ -276,16 +286,25 @@ fn process_namespace(path: &str) -> Option<(u32, &str)> {
 }
 
 /// The bind mount of a host path that a mount entry asks for.
-fn host_bind(mount: &Value, index: usize) -> Option<Bind> {
+fn host_bind(mount: &Value, index: usize) -> Result<Option<Bind>> {
     let options: Vec<&str> = mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let recursive = options.contains(&"rbind");
-    if mount["type"].as_str() != Some("bind") && !recursive && !options.contains(&"bind") {
-        return None;
-    }
-    let follows = options.iter().any(|option| matches!(*option, "slave" | "rslave" | "shared" | "rshared"));
-    let follow = if follows { Follow::Host } else { Follow::No };
-    let owners = IdMap::of(mount);
-    Some(Bind { source: PathBuf::from(mount["source"].as_str()?), recursive, follow, owners, name: index.to_string() })
+    let has = |word: &str| options.contains(&word);
+    let below = has("rbind");
+    let Some(source) = mount["source"].as_str().filter(|_| mount["type"] == "bind" || below || has("bind")) else { return Ok(None) };
+    let follows = ["slave", "rslave", "shared", "rshared"].into_iter().any(has);
+    let read_only = match options.iter().rev().find(|option| matches!(**option, "ro" | "rw")) {
+        _ if has("rro") => ReadOnly::All,
+        Some(&"ro") => ReadOnly::Top,
+        _ => ReadOnly::No,
+    };
+    let owners = IdMap::of(mount).with_context(|| format!("mount {}", mount["destination"]))?;
+    anyhow::ensure!(
+        owners.is_some() || !(has("idmap") || has("ridmap")),
+        "mount {}: idmap is asked for without uidMappings and gidMappings",
+        mount["destination"]
+    );
+    let how = How { below, follow: if follows { Follow::Host } else { Follow::No }, read_only, owners, owners_below: has("ridmap") };
+    Ok(Some(Bind { source: PathBuf::from(source), how, name: index.to_string() }))
 }
 
 /// Takes out of a mount what was done on the host: the mapping of its files' owners.
@@ -374,8 +393,12 @@ mod tests {
         assert_eq!(
             binds,
             [
-                Bind { source: "/srv/data".into(), recursive: true, follow: Follow::Host, owners: None, name: "0".into() },
-                Bind { source: "/tmp/hosts".into(), recursive: false, follow: Follow::No, owners: None, name: "1".into() }
+                Bind {
+                    source: "/srv/data".into(),
+                    how: How { below: true, follow: Follow::Host, read_only: ReadOnly::Top, ..How::default() },
+                    name: "0".into()
+                },
+                Bind { source: "/tmp/hosts".into(), how: How::default(), name: "1".into() }
             ]
         );
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "ipc"}]));

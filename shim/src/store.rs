@@ -29,9 +29,16 @@ impl Store {
     pub fn create(run_dir: &Path, record: PodRecord) -> Result<Self> {
         let dir = records::pod_dir(run_dir, &record.namespace, &record.pod);
         std::fs::create_dir_all(dir.join("share")).with_context(|| format!("create the pod's folder {}", dir.display()))?;
-        let store = Self { run_dir: run_dir.to_owned(), dir, record: Mutex::new(record) };
+        let run_dir = real(run_dir);
+        let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
+        let store = Self { run_dir, dir, record: Mutex::new(record) };
         store.change(|_| ())?;
         Ok(store)
+    }
+
+    /// The folder of all pods.
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
     }
 
     /// The pod's folder.
@@ -99,12 +106,18 @@ impl Store {
     }
 }
 
+/// A path without symbolic links, as the kernel's list of mounts has it; one that is not there is itself.
+fn real(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
 /// Undoes everything that a pod's record names, and removes its folder. What is gone already is
 /// no error; everything is tried, and the first failure is reported.
 ///
 /// # Errors
 /// What could not be removed.
 pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
+    let run_dir = &real(run_dir);
     let dir = records::pod_dir(run_dir, namespace, pod);
     let record = records::read(&dir).unwrap_or_default();
     let mut outcome = Ok(());
@@ -213,6 +226,18 @@ mod tests {
         let left: Vec<_> = std::fs::read_dir(run.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [UIDS]);
         assert_eq!(std::fs::read_dir(run.path().join(UIDS)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_run_folder_behind_a_link_is_the_one_that_the_kernel_knows() {
+        let run = tempfile::tempdir().unwrap();
+        let (folder, link) = (run.path().join("folder"), run.path().join("link"));
+        std::fs::create_dir(&folder).unwrap();
+        std::os::unix::fs::symlink(&folder, &link).unwrap();
+        let store = Store::create(&link, record("web")).unwrap();
+        assert_eq!(store.dir(), folder.canonicalize().unwrap().join("default/web"));
+        undo(&link, "default", "web").unwrap();
+        assert!(!folder.join("default").exists());
     }
 
     #[test]

@@ -23,6 +23,13 @@ pub struct Attributes {
     pub propagation: u64,
 }
 
+impl Attributes {
+    /// Attributes to set and nothing else.
+    pub const fn set(set: u64) -> Self {
+        Self { set, clear: 0, propagation: 0 }
+    }
+}
+
 /// Has the owners of files in a mount that is not attached yet seen through a user namespace.
 ///
 /// # Errors
@@ -30,13 +37,6 @@ pub struct Attributes {
 pub fn map_owners(mount: &impl AsFd, namespace: &impl AsFd, below: bool) -> io::Result<()> {
     let userns_fd = namespace.as_fd().as_raw_fd().try_into().map_err(io::Error::other)?;
     set(mount, &libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd }, below)
-}
-
-impl Attributes {
-    /// Attributes to set and nothing else.
-    pub const fn set(set: u64) -> Self {
-        Self { set, clear: 0, propagation: 0 }
-    }
 }
 
 /// A copy of the mount at `path` below `folder`, with all below it or without, not attached anywhere.
@@ -69,6 +69,17 @@ pub fn move_mount(tree: &OwnedFd, target: &Path) -> io::Result<()> {
     let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_SYMLINKS | libc::MOVE_MOUNT_T_AUTOMOUNTS;
     // SAFETY: both paths end in a zero and live through the call.
     let result = unsafe { libc::syscall(libc::SYS_move_mount, tree.as_raw_fd(), c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags) };
+    Ok(Errno::result(result).map(drop)?)
+}
+
+/// Attaches a mount that is not attached yet to what is open.
+///
+/// # Errors
+/// The kernel's.
+pub fn move_mount_onto(tree: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    // SAFETY: both paths are empty strings with their zero.
+    let result = unsafe { libc::syscall(libc::SYS_move_mount, tree.as_raw_fd(), c"".as_ptr(), target.as_raw_fd(), c"".as_ptr(), flags) };
     Ok(Errno::result(result).map(drop)?)
 }
 

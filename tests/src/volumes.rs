@@ -4,14 +4,19 @@ use k8s_cri::v1::Mount;
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP};
-use crate::ctr::{RUNTIME, ctr, id, run_pod, shell};
+use crate::ctr::{Pod as PodOfCtr, RUNTIME, ctr, id, run_pod, shell};
+use crate::faults::Config;
 
 pub const TESTS: &[Test] = &[
     ("mounts_of_the_host_stay_when_a_container_goes", mounts_of_the_host_stay_when_a_container_goes),
     ("flags_of_the_hosts_mounts_hold_in_containers", flags_of_the_hosts_mounts_hold_in_containers),
     ("what_is_mounted_in_a_read_only_volume_has_its_own_rights", what_is_mounted_in_a_read_only_volume_has_its_own_rights),
+    ("a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods", a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods),
+    ("a_link_out_of_the_image_is_refused", a_link_out_of_the_image_is_refused),
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
 ];
+
+pub const ALONE: &[Test] = &[("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host)];
 
 /// A folder of the host with a file system mounted in it, both in a shared tree as systemd makes it.
 struct Nested(String);
@@ -72,6 +77,44 @@ fn what_is_mounted_in_a_read_only_volume_has_its_own_rights() {
     assert_eq!(pod.output(&container, "echo inner > /data/inner/file && cat /data/inner/file"), "inner");
 }
 
+fn a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods() {
+    let other = PodOfCtr::start("other", &[], "sleep 1000");
+    assert_ne!(shell("find /run/caisson -path '*/share/*/rootfs/bin' -maxdepth 7"), "", "the other pod's files are not where they were");
+    let all = "type=bind,src=/,dst=/host,options=rbind:rw";
+    let script = "cat /host/etc/debian_version; find /host/run/caisson -path '*/share/*/rootfs/bin' -maxdepth 7";
+    let output = run_pod(&["--mount", all], &["sh", "-c", script]);
+    assert_eq!((output.code, output.stdout.lines().count()), (0, 1), "{output:?}");
+    // Nothing was taken from the other pod, nor from the host.
+    assert_eq!(other.exec(&[], &["sh", "-c", "ls / | grep -c bin"]).code, 0);
+    assert_eq!(shell("mountpoint -q /proc && mountpoint -q /sys/fs/cgroup && echo there"), "there");
+}
+
+fn a_link_out_of_the_image_is_refused() {
+    let root = format!("/tmp/{}", id("root"));
+    shell(&format!("mkdir -p {root}/bin {root}.volume && cp /bin/busybox {root}/bin/ && ln -s busybox {root}/bin/sh"));
+    let run = |extra: &[&str]| {
+        let name = id("out");
+        let mut arguments = vec!["run", "--rm", "--runtime", RUNTIME];
+        arguments.extend_from_slice(extra);
+        arguments.extend_from_slice(&["--rootfs", &root, &name, "/bin/sh", "-c", "busybox ls /.. /"]);
+        ctr(&arguments)
+    };
+    // Whatever number the guest's own root has while the container's is filled; of one that is not in
+    // use the link leads nowhere.
+    let mut refused = 0;
+    for number in 3..8 {
+        shell(&format!("ln -sfn /proc/self/fd/{number} {root}/data && ln -sfn /proc/self/fd/{number}/made {root}/file"));
+        let mount = format!("type=bind,src={root}.volume,dst=/data,options=rbind:rw");
+        let output = run(&["--mount", &mount]);
+        refused += i32::from(output.code != 0 && output.stderr.contains("/data"));
+        assert!(!output.stdout.contains("init") && !output.stdout.contains("caisson"), "{number}: {output:?}");
+    }
+    assert!(refused > 0, "no number was that of an open folder");
+    let output = run(&["--cwd", "/data/made"]);
+    assert!(!output.stdout.contains("init") && !output.stdout.contains("caisson"), "{output:?}");
+    shell(&format!("rm -r {root} {root}.volume"));
+}
+
 fn images_may_have_links_and_locked_folders() {
     let root = format!("/tmp/{}", id("root"));
     shell(&format!(
@@ -84,4 +127,17 @@ fn images_may_have_links_and_locked_folders() {
     let output = ctr(&[&arguments[..], &[id("linked").as_str(), "/bin/sh", "-c", script]].concat());
     assert_eq!((output.code, output.stdout.as_str()), (0, "from the host\n../run/there/resolv.conf\n1000\n/locked\n"), "{output:?}");
     shell(&format!("rm -r {root} {root}.file"));
+}
+
+fn writes_that_the_guest_collects_reach_the_host() {
+    let _config = Config::set("[fs]\nwriteback = true\n");
+    let folder = format!("/tmp/{}", id("collected"));
+    shell(&format!("mkdir -p {folder}"));
+    let mount = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
+    let script =
+        "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done > /data/lines; echo more >> /data/lines; mv /data/lines /data/moved";
+    let output = run_pod(&["--mount", &mount], &["sh", "-c", script]);
+    assert_eq!(output.code, 0, "{output:?}");
+    assert_eq!(shell(&format!("wc -l < {folder}/moved; sed -n '1p;$p' {folder}/moved")), "2001\nline 0\nmore");
+    shell(&format!("rm -r {folder}"));
 }

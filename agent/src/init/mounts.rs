@@ -7,7 +7,10 @@ use anyhow::{Context, Result, bail};
 use caisson_sys::mounts::{self as trees, Attributes};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use nix::unistd::{chdir, fchdir};
 use oci_spec::runtime::Mount;
+
+use super::inside;
 
 /// An option that is a flag: its name, the flag of mount(2), the attribute of mount_setattr(2), and
 /// whether it sets or clears. With an `r` before the name it holds for what is mounted below, too.
@@ -51,8 +54,6 @@ const PROPAGATION: &[(&str, MsFlags)] = &[
     ("shared", MsFlags::MS_SHARED),
     ("unbindable", MsFlags::MS_UNBINDABLE),
 ];
-/// Symbolic links that are followed, as many as the kernel does (path_resolution(7)).
-const MAX_LINKS: usize = 40;
 /// The attributes of which one holds at a time.
 const ACCESS_TIMES: u64 = libc::MOUNT_ATTR__ATIME;
 
@@ -171,7 +172,11 @@ pub fn make(entry: &Mount, old_root: impl AsFd, cgroup: &Path) -> Result<()> {
 
 fn set_propagation(options: &Options<'_>, target: &Path) -> Result<()> {
     match options.propagation {
-        Some(flags) => mount(None::<&str>, target, None::<&str>, flags, None::<&str>).context("set the propagation"),
+        Some(flags) => {
+            let propagation = (flags - MsFlags::MS_REC).bits();
+            let changes = Attributes { propagation, ..Attributes::default() };
+            trees::set_attributes(&inside::open(target)?, changes, flags.contains(MsFlags::MS_REC)).context("set the propagation")
+        }
         None => Ok(()),
     }
 }
@@ -188,19 +193,18 @@ fn bind(entry: &Mount, options: &Options<'_>, old_root: impl AsFd, target: &Path
         trees::set_attributes(&tree, options.recursive, true).context("set its attributes and those below it")?;
     }
     let is_dir = nix::sys::stat::fstat(&tree).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
-    make_target(target, is_dir)?;
-    trees::move_mount(&tree, target).context("attach it")
+    trees::move_mount_onto(&tree, &inside::ensure(target, is_dir)?).context("attach it")
 }
 
 /// Binds a folder of the guest's own file systems.
 fn bind_own(source: &Path, options: &Options<'_>, old_root: impl AsFd, target: &Path) -> Result<()> {
     let tree = trees::open_tree(old_root, &below_root(source)?, true).with_context(|| format!("open {}", source.display()))?;
     trees::set_attributes(&tree, options.attributes, false).context("set its attributes")?;
-    trees::move_mount(&tree, target).context("attach it")
+    trees::move_mount_onto(&tree, &inside::ensure(target, true)?).context("attach it")
 }
 
 fn mount_new(entry: &Mount, kind: &str, options: &Options<'_>, target: &Path) -> Result<()> {
-    make_target(target, true)?;
+    let place = inside::ensure(target, true)?;
     let (kind, data) = match kind {
         // There is only the unified hierarchy in the guest; the options name controllers of the other one.
         "cgroup" | "cgroup2" => ("cgroup2", String::new()),
@@ -209,10 +213,13 @@ fn mount_new(entry: &Mount, kind: &str, options: &Options<'_>, target: &Path) ->
     let source = entry.source().clone().unwrap_or_else(|| PathBuf::from(kind));
     // A tmpfs that is to be read-only is sealed once it is filled: see `rootfs::seal`.
     let flags = if is_device_folder(entry) { options.flags - MsFlags::MS_RDONLY } else { options.flags };
-    mount(Some(&source), target, Some(kind), flags, Some(data.as_str()))?;
+    // mount(2) takes no descriptor, but the folder that we are in.
+    fchdir(&place).context("enter the mount point")?;
+    let mounted = mount(Some(&source), ".", Some(kind), flags, Some(data.as_str()));
+    chdir("/").context("return to the root")?;
+    mounted?;
     if options.recursive != Attributes::default() {
-        let tree = std::fs::File::open(target).context("open it")?;
-        trees::set_attributes(&tree, options.recursive, true).context("set its attributes")?;
+        trees::set_attributes(&inside::open(target)?, options.recursive, true).context("set its attributes")?;
     }
     Ok(())
 }
@@ -225,32 +232,6 @@ pub fn is_device_folder(entry: &Mount) -> bool {
 /// Whether a mount asks to be read-only.
 pub fn is_read_only(entry: &Mount) -> bool {
     Options::parse(entry.options().as_deref().unwrap_or_default()).flags.contains(MsFlags::MS_RDONLY)
-}
-
-/// Makes a mount point where there is none; where images have a symbolic link that leads nowhere,
-/// at its end.
-fn make_target(target: &Path, is_dir: bool) -> Result<()> {
-    if std::fs::metadata(target).is_ok() {
-        return Ok(());
-    }
-    let target = &end_of_links(target)?;
-    if is_dir {
-        return std::fs::create_dir_all(target).context("create the mount point");
-    }
-    if let Some(folder) = target.parent() {
-        std::fs::create_dir_all(folder).context("create the mount point's folder")?;
-    }
-    std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(target).map(drop).context("create the mount point")
-}
-
-/// Where a path's last component leads, however often it is a symbolic link.
-fn end_of_links(path: &Path) -> Result<PathBuf> {
-    let mut path = path.to_owned();
-    for _ in 0..MAX_LINKS {
-        let Ok(next) = std::fs::read_link(&path) else { return Ok(path) };
-        path = path.parent().unwrap_or(Path::new("/")).join(next);
-    }
-    bail!("{}: too many symbolic links", path.display())
 }
 
 /// A path as seen from an open root folder.

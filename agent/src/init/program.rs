@@ -12,6 +12,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{chdir, execve};
 use oci_spec::runtime::{Process, Spec};
 
+use crate::sys;
+
 /// Exit codes of a program that cannot be executed or found, as shells give them.
 const EXIT_CANNOT_EXECUTE: i32 = 126;
 const EXIT_NOT_FOUND: i32 = 127;
@@ -107,6 +109,7 @@ pub fn execute(process: &Process, environment: &[CString], as_shell: bool) -> Re
     let arguments = c_strings(process.args().as_deref().unwrap_or_default()).context("the arguments hold a zero byte")?;
     let program = arguments.first().context("the process has no arguments")?;
     let path = environment.iter().find_map(|variable| variable.to_str().ok()?.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    sys::restore_sigpipe();
     let errno = try_each(&candidates(program, path), &arguments, environment);
     let name = program.to_string_lossy();
     let sentence = match errno {

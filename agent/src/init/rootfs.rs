@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_sys::mounts::{self as trees, Attributes};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
@@ -18,8 +18,8 @@ use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknod};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
 
-use super::mounts;
 use super::terminal::Terminal;
+use super::{inside, mounts};
 use crate::cgroup::Cgroup;
 
 /// What every container has in its /dev (runtime-spec `config-linux.md`, "Default Devices").
@@ -59,24 +59,29 @@ pub fn enter(id: &str, spec: &Spec) -> Result<()> {
         fill_dev(linux, &old_root)?;
     }
     set_sysctls(linux, |name| !is_of_the_network(name))?;
+    leave(old_root)?;
     let process = spec.process().as_ref().context("the specification has no process")?;
     // A working folder that the image lacks is made, as other runtimes do; a root that cannot be
     // written says what is wrong when the folder is entered.
-    let _ = std::fs::create_dir_all(Path::new("/").join(process.cwd()));
-    leave(&old_root)
+    let _ = inside::ensure(&Path::new("/").join(process.cwd()), true);
+    Ok(())
 }
 
 /// Makes the root that of the mount namespace and detaches the old one: only the container's own
 /// mounts remain.
-fn leave(old_root: &OwnedFd) -> Result<()> {
+fn leave(old_root: OwnedFd) -> Result<()> {
     let root = open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).context("open the root")?;
-    fchdir(old_root).context("go to the old root")?;
+    fchdir(&old_root).context("go to the old root")?;
     chroot(".").context("return to the old root")?;
     fchdir(&root).context("go to the root")?;
     pivot_root(".", ".").context("exchange the roots")?;
     // The old root lies over the new one, and so is what the current folder leads to.
     umount2(".", MntFlags::MNT_DETACH).context("detach the old root")?;
-    chdir("/").context("enter the root")
+    chdir("/").context("enter the root")?;
+    let [top, above] = ["/", "/.."].map(nix::sys::stat::stat);
+    let (top, above) = (top.context("look at the root")?, above.context("look above the root")?);
+    ensure!((top.st_dev, top.st_ino) == (above.st_dev, above.st_ino), "something is left of the old root");
+    Ok(())
 }
 
 /// Makes the terminal the container's /dev/console.
@@ -120,7 +125,7 @@ pub fn seal(spec: &Spec) -> Result<()> {
 }
 
 fn fill_dev(linux: &Linux, old_root: &OwnedFd) -> Result<()> {
-    std::fs::create_dir_all("/dev").context("create /dev")?;
+    inside::ensure(Path::new("/dev"), true)?;
     for (name, major, minor) in DEVICES {
         let path = Path::new("/dev").join(name);
         make_device(&path, SFlag::S_IFCHR, makedev(*major, *minor), ANYONE, old_root)?;
@@ -174,7 +179,7 @@ fn make_specified(device: &LinuxDevice, old_root: &OwnedFd) -> Result<()> {
     };
     let path = Path::new("/").join(device.path());
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+        inside::ensure(folder, true)?;
     }
     let number = |value: i64| u64::try_from(value).with_context(|| format!("device {}: number {value}", path.display()));
     let mode = device.file_mode().unwrap_or(ANYONE) & 0o7777;
@@ -200,10 +205,9 @@ fn make_device(path: &Path, kind: SFlag, number: libc::dev_t, mode: u32, old_roo
         }
         Err(Errno::EEXIST) => Ok(()),
         Err(Errno::EPERM) => {
-            let inside = Path::new(".").join(path.strip_prefix("/").unwrap_or(path));
-            File::create(path).with_context(|| format!("create {}", path.display()))?;
-            let node = trees::open_tree(old_root.as_fd(), &inside, false).with_context(|| format!("find device {}", path.display()))?;
-            trees::move_mount(&node, path).with_context(|| format!("bind {}", path.display()))
+            let source = Path::new(".").join(path.strip_prefix("/").unwrap_or(path));
+            let node = trees::open_tree(old_root.as_fd(), &source, false).with_context(|| format!("find device {}", path.display()))?;
+            trees::move_mount_onto(&node, &inside::ensure(path, false)?).with_context(|| format!("bind {}", path.display()))
         }
         Err(errno) => Err(errno).with_context(|| format!("make device {}", path.display())),
     }

@@ -193,6 +193,13 @@ pub const KEYS: &[Key] = &[
         })
     ),
     key!(
+        "fs.writeback",
+        "whether the guest collects small writes to files before it makes them: faster, for pods whose volumes nobody else writes meanwhile",
+        "true or false",
+        |c, v| c.fs_writeback = boolean(&v)?,
+        |c| c.fs_writeback.to_string()
+    ),
+    key!(
         "fs.threads",
         "worker threads of the virtio-fs server, 0 to serve on the queue's own",
         "0 to 64",
