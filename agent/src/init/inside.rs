@@ -58,6 +58,8 @@ fn step(path: &Path, is_folder: bool) -> Result<PathBuf> {
                 let folder = open(&there).with_context(what)?;
                 let rest = parts.as_path();
                 match readlinkat(&folder, part.as_os_str()) {
+                    // Joining nothing would leave a slash at the end.
+                    Ok(target) if rest.as_os_str().is_empty() => return Ok(there.join(target)),
                     Ok(target) => return Ok(there.join(target).join(rest)),
                     Err(_) if is_folder || !rest.as_os_str().is_empty() => {
                         mkdirat(&folder, part.as_os_str(), Mode::from_bits_truncate(0o755)).with_context(what)?;
