@@ -169,8 +169,13 @@ impl Cgroup {
 
     /// How often a process in it was killed for want of memory.
     pub fn oom_kills(&self) -> u64 {
-        std::fs::read_to_string(self.0.join("memory.events")).ok().and_then(|text| parse_table(&text).get("oom_kill").copied()).unwrap_or(0)
+        std::fs::read_to_string(self.0.join("memory.events")).map_or(0, |text| oom_kills(&text))
     }
+}
+
+/// The count in the text of a memory.events.
+fn oom_kills(text: &str) -> u64 {
+    parse_table(text).get("oom_kill").copied().unwrap_or(0)
 }
 
 /// An open memory.events.
@@ -181,8 +186,7 @@ impl MemoryEvents {
     pub fn oom_kills(&self) -> Result<u64> {
         let mut text = [0; 512];
         let size = self.0.get_ref().read_at(&mut text, 0).context("read memory.events")?;
-        let table = parse_table(&String::from_utf8_lossy(&text[..size]));
-        Ok(table.get("oom_kill").copied().unwrap_or(0))
+        Ok(oom_kills(&String::from_utf8_lossy(&text[..size])))
     }
 
     /// Waits until something in the file has changed since it was read.

@@ -3,8 +3,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
+use caisson_sys::descriptor;
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use tokio::io::Interest;
@@ -65,13 +66,6 @@ pub fn interface_up(socket: &OwnedFd, name: &str) -> io::Result<()> {
 pub fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two numbers.
     descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })
-}
-
-/// The result of a system call that makes a descriptor.
-fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
-    let fd = i32::try_from(Errno::result(result)?).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Has a write to a closed pipe end the process, as programs expect it: the Rust runtime ignores

@@ -20,12 +20,6 @@ use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::{spec, store};
 
-/// Whether the pod's record names containers besides the one that this call is about.
-fn has_others(run_dir: &Path, flags: &Flags) -> bool {
-    let record = records::read(&records::pod_dir(run_dir, &flags.namespace, &flags.id));
-    record.ok().flatten().is_some_and(|record| record.containers.iter().any(|container| *container != flags.id))
-}
-
 /// Undoes the pod and prints the exit that containerd reports for its tasks.
 ///
 /// # Errors
@@ -50,4 +44,10 @@ pub fn delete(flags: &Flags) -> Result<()> {
         ..DeleteResponse::default()
     };
     std::io::stdout().write_all(&response.write_to_bytes()?).context("print the answer")
+}
+
+/// Whether the pod's record names containers besides the one that this call is about.
+fn has_others(run_dir: &Path, flags: &Flags) -> bool {
+    let record = records::read(&records::pod_dir(run_dir, &flags.namespace, &flags.id));
+    record.ok().flatten().is_some_and(|record| record.containers.iter().any(|container| *container != flags.id))
 }

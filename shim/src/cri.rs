@@ -44,6 +44,8 @@ impl PodFile {
 /// What a request to create a sandbox says.
 #[derive(Debug, Clone)]
 pub struct PodSandbox {
+    /// containerd's folder for it.
+    pub bundle: String,
     /// The container that holds the pod's namespaces.
     pub spec: Spec,
     /// What its containers find in /etc.
@@ -56,11 +58,11 @@ impl PodSandbox {
     /// Reads kubelet's description of a pod.
     ///
     /// `kind` and `value` are the request's options; `netns` is the network namespace that was
-    /// made for it, empty for none.
+    /// made for it, empty for none; `bundle` is containerd's folder for it.
     ///
     /// # Errors
     /// When it is no such description, or a file for /etc would be too long.
-    pub fn read(id: &str, kind: &str, value: &[u8], netns: &str) -> Result<Self> {
+    pub fn read(id: &str, kind: &str, value: &[u8], netns: &str, bundle: &str) -> Result<Self> {
         ensure!(kind.ends_with(CONFIG_TYPE), "the sandbox's options are of type {kind:?}; expected is {CONFIG_TYPE}");
         let config = PodSandboxConfig::parse_from_bytes(value).context("read the pod's configuration")?;
         let files = files(&config)?;
@@ -70,7 +72,7 @@ impl PodSandbox {
             ranges.find(|range| range["containerID"] == 0).and_then(|range| u32::try_from(range["hostID"].as_u64()?).ok()).unwrap_or(0)
         };
         let root = (root("uidMappings"), root("gidMappings"));
-        Ok(Self { spec: Spec::from_value(spec), files, root })
+        Ok(Self { bundle: bundle.to_owned(), spec: Spec::from_value(spec), files, root })
     }
 }
 
@@ -183,7 +185,7 @@ mod tests {
     }
 
     fn read(config: &PodSandboxConfig) -> PodSandbox {
-        PodSandbox::read("p1", CONFIG_TYPE, &config.write_to_bytes().unwrap(), "/run/netns/x").unwrap()
+        PodSandbox::read("p1", CONFIG_TYPE, &config.write_to_bytes().unwrap(), "/run/netns/x", "/b").unwrap()
     }
 
     #[test]
@@ -206,7 +208,7 @@ mod tests {
 
     #[test]
     fn options_of_another_type_are_refused() {
-        let error = PodSandbox::read("p1", "runtime.v1.Other", &[], "").unwrap_err();
+        let error = PodSandbox::read("p1", "runtime.v1.Other", &[], "", "").unwrap_err();
         assert!(error.to_string().contains("expected is runtime.v1.PodSandboxConfig"), "{error}");
     }
 

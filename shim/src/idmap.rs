@@ -93,7 +93,8 @@ impl IdMap {
     fn fill(&self, holder: &mut std::process::Child) -> Result<OwnedFd> {
         let mut ready = [0];
         let stdout = holder.stdout.as_mut().context("hear from the process of a user namespace")?;
-        stdout.read_exact(&mut ready).context("make a user namespace")?;
+        // It ends without a word when the kernel refuses.
+        stdout.read_exact(&mut ready).context("make a user namespace: the kernel refused; see user.max_user_namespaces")?;
         let pid = holder.id();
         for (file, ranges) in [("uid_map", &self.users), ("gid_map", &self.groups)] {
             let text: String = ranges.iter().map(|(disk, seen, size)| format!("{disk} {seen} {size}\n")).collect();

@@ -87,7 +87,8 @@ fn mount_one(kind: &str, source: &str, options: &[String], target: &Path, scratc
     let flags = flags | MsFlags::MS_NODEV;
     if flags.contains(MsFlags::MS_BIND) {
         let read_only = if flags.contains(MsFlags::MS_RDONLY) { ReadOnly::Top } else { ReadOnly::No };
-        return bind(Path::new(source), target, &How { below: flags.contains(MsFlags::MS_REC), read_only, owners, ..How::default() });
+        let how = How { below: flags.contains(MsFlags::MS_REC), read_only, attributes: attributes(flags), owners, ..How::default() };
+        return bind(Path::new(source), target, &how);
     }
     if let Some(owners) = owners {
         if kind != "overlay" {
@@ -144,10 +145,18 @@ pub struct How {
     pub follow: Follow,
     /// What of it cannot be written, also by a guest that breaks out of its own rules.
     pub read_only: ReadOnly,
+    /// `MOUNT_ATTR_*` that it has besides those of its source.
+    pub attributes: u64,
     /// The owners that its files have in it, where they are others than on disk.
     pub owners: Option<IdMap>,
     /// Whether those of what is mounted below it are mapped as well.
     pub owners_below: bool,
+}
+
+/// What else of mount(2)'s flags is an attribute that a root file system may ask for.
+fn attributes(flags: MsFlags) -> u64 {
+    let attributes = [(MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID), (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC)];
+    attributes.iter().filter(|(flag, _)| flags.contains(*flag)).fold(0, |set, (_, attribute)| set | attribute)
 }
 
 /// Binds `source` at `target`.
@@ -169,8 +178,9 @@ fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>
     let read_only = if how.read_only == ReadOnly::All { libc::MOUNT_ATTR_RDONLY } else { 0 };
     let all = Attributes { set: libc::MOUNT_ATTR_NODEV | read_only, clear: 0, propagation: propagation.bits() };
     trees::set_attributes(&tree, all, how.below).context("part the copy from its source (Linux 5.12 is needed)")?;
-    if how.read_only == ReadOnly::Top {
-        trees::set_attributes(&tree, Attributes::set(libc::MOUNT_ATTR_RDONLY), false)?;
+    let top = how.attributes | if how.read_only == ReadOnly::Top { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    if top != 0 {
+        trees::set_attributes(&tree, Attributes::set(top), false)?;
     }
     if let Some(owners) = owners {
         trees::map_owners(&tree, owners, how.owners_below).context("map the owners of its files")?;
@@ -235,9 +245,8 @@ fn mount_mapped_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&st
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         mount_overlay(source, target, flags, &options)
     })();
-    unmount_below(scratch)?;
-    remove_empty_tree(scratch)?;
-    outcome
+    // Why it failed comes before what of it could not be taken away.
+    outcome.and(unmount_below(scratch)).and(remove_empty_tree(scratch))
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they

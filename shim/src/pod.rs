@@ -148,8 +148,10 @@ impl Pod {
             // Nothing of a pod that never had a container stays.
             machine.end("its first container could not be created");
             lock(&self.machine).take();
-        } else if created.is_err() {
-            machine.store.change(|record| record.containers.retain(|other| other != request.id))?;
+        } else if created.is_err()
+            && let Err(error) = machine.store.change(|record| record.containers.retain(|other| other != request.id))
+        {
+            log::error!("{error:#}");
         }
         let pid = created?;
         log::info!("container {} was created in {} ms", request.id, begin.elapsed().as_millis());

@@ -4,7 +4,7 @@
 //! The sandbox is a container like any other, made from what kubelet says of the pod; containerd
 //! does not know it as one, and hears of it here.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -39,15 +39,14 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 /// The service.
 pub struct SandboxService {
     pod: Arc<Pod>,
-    bundle: Mutex<String>,
-    created: Mutex<Option<SystemTime>>,
+    created: OnceLock<SystemTime>,
     ended: watch::Sender<bool>,
 }
 
 impl SandboxService {
     /// A service for a pod; `ended` is told when the shim is to end.
     pub fn new(pod: Arc<Pod>, ended: watch::Sender<bool>) -> Self {
-        Self { pod, bundle: Mutex::default(), created: Mutex::default(), ended }
+        Self { pod, created: OnceLock::new(), ended }
     }
 
     /// The sandbox's container.
@@ -56,19 +55,15 @@ impl SandboxService {
         self.pod.container(self.pod.id())
     }
 
-    fn created(&self) -> Option<SystemTime> {
-        *self.created.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     async fn start(&self) -> errors::Result<u32> {
         let sandbox = self.pod.sandbox()?;
-        let bundle = self.bundle.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let id = self.pod.id();
         let rootfs = [empty_root(sandbox.root)];
-        let request = CreateContainer { id, bundle: &bundle, spec: &sandbox.spec, rootfs: &rootfs, paths: Paths::default() };
+        let request = CreateContainer { id, bundle: &sandbox.bundle, spec: &sandbox.spec, rootfs: &rootfs, paths: Paths::default() };
         self.pod.create(request).await?;
         let pid = self.pod.start(id, "").await?;
-        *self.created.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+        // A second start does not come this far.
+        let _ = self.created.set(SystemTime::now());
         Ok(pid)
     }
 }
@@ -86,16 +81,16 @@ impl Sandbox for SandboxService {
         if request.sandbox_id != self.pod.id() {
             return Err(Error::Invalid(format!("sandbox {}: this shim serves {}", request.sandbox_id, self.pod.id())).into());
         }
-        let sandbox = PodSandbox::read(&request.sandbox_id, &request.options.type_url, &request.options.value, &request.netns_path)
+        let CreateSandboxRequest { sandbox_id, bundle_path, options, netns_path, .. } = request;
+        let sandbox = PodSandbox::read(&sandbox_id, &options.type_url, &options.value, &netns_path, &bundle_path)
             .map_err(|error| Error::Invalid(format!("{error:#}")))?;
         self.pod.describe_sandbox(sandbox)?;
-        *self.bundle.lock().unwrap_or_else(PoisonError::into_inner) = request.bundle_path;
         Ok(CreateSandboxResponse::new())
     }
 
     async fn start_sandbox(&self, _: &TtrpcContext, _: StartSandboxRequest) -> Result<StartSandboxResponse> {
         let pid = self.start().await?;
-        let created_at = self.created().map(timestamp).into();
+        let created_at = self.created.get().copied().map(timestamp).into();
         Ok(StartSandboxResponse { pid, created_at, ..StartSandboxResponse::default() })
     }
 
@@ -131,7 +126,7 @@ impl Sandbox for SandboxService {
             sandbox_id: request.sandbox_id,
             pid: holder.map_or(0, |holder| holder.task.pid()),
             state: if ready { READY } else { NOT_READY }.into(),
-            created_at: self.created().map(timestamp).into(),
+            created_at: self.created.get().copied().map(timestamp).into(),
             exited_at: exit.map(|exit| timestamp(exit.at)).into(),
             ..SandboxStatusResponse::default()
         })

@@ -303,7 +303,8 @@ fn host_bind(mount: &Value, index: usize) -> Result<Option<Bind>> {
         "mount {}: idmap is asked for without uidMappings and gidMappings",
         mount["destination"]
     );
-    let how = How { below, follow: if follows { Follow::Host } else { Follow::No }, read_only, owners, owners_below: has("ridmap") };
+    let follow = if follows { Follow::Host } else { Follow::No };
+    let how = How { below, follow, read_only, owners, owners_below: has("ridmap"), ..How::default() };
     Ok(Some(Bind { source: PathBuf::from(source), how, name: index.to_string() }))
 }
 

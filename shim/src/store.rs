@@ -27,10 +27,10 @@ impl Store {
     /// # Errors
     /// When the run dir cannot be written.
     pub fn create(run_dir: &Path, record: PodRecord) -> Result<Self> {
-        let dir = records::pod_dir(run_dir, &record.namespace, &record.pod);
-        std::fs::create_dir_all(dir.join("share")).with_context(|| format!("create the pod's folder {}", dir.display()))?;
+        std::fs::create_dir_all(run_dir).with_context(|| format!("create the run folder {}", run_dir.display()))?;
         let run_dir = real(run_dir);
         let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
+        std::fs::create_dir_all(dir.join("share")).with_context(|| format!("create the pod's folder {}", dir.display()))?;
         let store = Self { run_dir, dir, record: Mutex::new(record) };
         store.change(|_| ())?;
         Ok(store)

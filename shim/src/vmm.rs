@@ -95,7 +95,7 @@ impl Jailed {
         match tokio::task::spawn_blocking(move || waitpid(pid, None)).await {
             Ok(Ok(WaitStatus::Signaled(_, signal, _))) => format!("was killed by {signal}"),
             Ok(Ok(WaitStatus::Exited(_, code))) => format!("ended with code {code}"),
-            // Collected already, by whoever waits for any child.
+            // We killed it, whatever else is known.
             _ => "was killed".into(),
         }
     }

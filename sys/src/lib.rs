@@ -14,7 +14,7 @@ use nix::errno::Errno;
 /// # Errors
 /// The call's.
 #[expect(unsafe_code, reason = "a descriptor that a raw system call makes is a number")]
-pub(crate) fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+pub fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
     let fd = i32::try_from(Errno::result(result)?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })

@@ -86,13 +86,7 @@ impl Containerd2 {
 
 impl Drop for Containerd2 {
     fn drop(&mut self) {
-        run(
-            "bash",
-            &[
-                "-c",
-                "if [ -n \"$CAISSON_KEEP_LOG\" ]; then cp /tmp/c2s/log $CAISSON_KEEP_LOG; fi; pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s",
-            ],
-        );
+        run("bash", &["-c", "pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s"]);
     }
 }
 

@@ -10,6 +10,7 @@ use crate::faults::Config;
 pub const TESTS: &[Test] = &[
     ("mounts_of_the_host_stay_when_a_container_goes", mounts_of_the_host_stay_when_a_container_goes),
     ("flags_of_the_hosts_mounts_hold_in_containers", flags_of_the_hosts_mounts_hold_in_containers),
+    ("the_file_server_can_write_no_more_than_the_container", the_file_server_can_write_no_more_than_the_container),
     ("what_is_mounted_in_a_read_only_volume_has_its_own_rights", what_is_mounted_in_a_read_only_volume_has_its_own_rights),
     ("a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods", a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods),
     ("a_link_out_of_the_image_is_refused", a_link_out_of_the_image_is_refused),
@@ -59,6 +60,24 @@ fn flags_of_the_hosts_mounts_hold_in_containers() {
     let mount = format!("type=bind,src={}/inner,dst=/data,options=rbind:rw", nested.0);
     let output = run_pod(&["--mount", &mount], &["sh", "-c", "echo x > /data/file"]);
     assert!(output.code != 0 && output.stderr.contains("Read-only file system"), "{output:?}");
+}
+
+/// A guest that breaks its own rules has the file server's rights.
+fn the_file_server_can_write_no_more_than_the_container() {
+    let folder = format!("/tmp/{}", id("kept"));
+    shell(&format!("mkdir -p {folder}"));
+    let mount = format!("type=bind,src={folder},dst=/data,options=rbind:ro");
+    let pod = PodOfCtr::start("rights", &["--mount", &mount], "sleep 1000");
+    let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", pod.host_pid("fs"))).unwrap();
+    let is_read_only = |end: &str| {
+        let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields[4].ends_with(end));
+        fields.unwrap_or_else(|| panic!("{end} is not in {mounts}"))[5].split(',').any(|option| option == "ro")
+    };
+    assert!(is_read_only("/mounts/0") && !is_read_only("/rootfs"), "{mounts}");
+    let root = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/")).unwrap();
+    assert!(root.split(' ').nth(5).unwrap().split(',').any(|option| option == "ro"), "{mounts}");
+    drop(pod);
+    shell(&format!("rmdir {folder}"));
 }
 
 fn what_is_mounted_in_a_read_only_volume_has_its_own_rights() {

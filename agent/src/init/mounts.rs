@@ -156,11 +156,12 @@ pub fn make(entry: &Mount, old_root: impl AsFd, cgroup: &Path) -> Result<()> {
         bind(entry, &options, old_root, &target)
     } else {
         match mount_new(entry, kind, &options, &target) {
-            // In a user namespace that does not own the pod's network: the guest's own stands for it,
+            // In a user namespace that does not own the pod's network: the guest's own stands for it, with
+            // all that is mounted in it.
             Err(error) if kind == "sysfs" && error.downcast_ref() == Some(&Errno::EPERM) => {
                 bind_own(Path::new("/sys"), &options, old_root, &target)
             }
-            // with all that is mounted in it, over which the container's part of it comes.
+            // The whole tree is there already, with that; the container's part of it comes over it.
             Err(error) if kind.starts_with("cgroup") && matches!(error.downcast_ref(), Some(Errno::EPERM | Errno::EBUSY)) => {
                 bind_own(cgroup, &options, old_root, &target)
             }

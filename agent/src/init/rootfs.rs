@@ -58,8 +58,8 @@ pub fn enter(id: &str, spec: &Spec) -> Result<()> {
     if !brings_devices {
         fill_dev(linux, &old_root)?;
     }
-    set_sysctls(linux, |name| !is_of_the_network(name))?;
     leave(old_root)?;
+    set_sysctls(linux, |name| !is_of_the_network(name))?;
     let process = spec.process().as_ref().context("the specification has no process")?;
     // A working folder that the image lacks is made, as other runtimes do; a root that cannot be
     // written says what is wrong when the folder is entered.
