@@ -10,6 +10,7 @@ mod cgroup;
 mod containers;
 mod devices;
 mod init;
+mod machine;
 mod network;
 mod process;
 mod reaper;
@@ -28,6 +29,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::containers::Containers;
+use crate::machine::Machine;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
 
@@ -60,7 +62,8 @@ fn run(started_us: u64) -> Result<()> {
         let socket = streams::connect(CONTROL_PORT).context("connect to the host")?;
         let socket = streams::into_async(socket).context("connect to the host")?;
         let containers = Arc::new(Containers::new(reaper));
-        let service = create_agent(Arc::new(AgentService::new(containers, started_us)));
+        let machine = Machine::new()?;
+        let service = create_agent(Arc::new(AgentService::new(containers, machine, started_us)));
         // One connection, which stays open as long as the pod lives.
         let listener = Listener::new(futures::stream::iter([Ok(socket)]).chain(futures::stream::pending()));
         let mut server = Server::new().add_listener(listener).register_service(service);

@@ -19,11 +19,10 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use tokio::net::TcpStream;
 
-use crate::{streams, sys};
+use crate::{machine, streams, sys};
 
 /// The loopback interface has this index everywhere.
 const LOOPBACK: u32 = 1;
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
 const DEVICES: &str = "/sys/bus/platform/devices";
 /// For a program of the guest to take a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -90,7 +89,7 @@ pub async fn forward(target: &str, port: u32) -> Result<()> {
 /// Makes the kernel find an interface, names it, and brings it up; returns its index.
 fn bring_up(interface: &Interface) -> Result<u32> {
     let device = format!("virtio-mmio.{}", FIRST_NIC_DEVICE.saturating_add(interface.place));
-    std::fs::write(DRIVER, &device).with_context(|| format!("look for {device}"))?;
+    machine::look_at(&device)?;
     let found = net_dir(&Path::new(DEVICES).join(&device)).with_context(|| format!("find the interface of {device}"))?;
     let name = found.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let index = std::fs::read_to_string(found.join("ifindex")).context("read its index")?.trim().parse().context("read its index")?;

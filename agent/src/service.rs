@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
-    ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StartResponse,
-    StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+    ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeMachineRequest, ResizeRequest,
+    SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -19,6 +19,7 @@ use ttrpc::{Code, Result};
 use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error};
+use crate::machine::Machine;
 use crate::network::{self, Network};
 
 /// From the answer to a shutdown to the reset, so that the answer arrives.
@@ -28,13 +29,14 @@ const SHUTDOWN_DELAY: Duration = Duration::from_millis(10);
 pub struct AgentService {
     containers: Arc<Containers>,
     network: Mutex<Network>,
+    machine: Arc<Mutex<Machine>>,
     started_us: u64,
 }
 
 impl AgentService {
-    /// A service for these containers, in an agent that started at this uptime.
-    pub fn new(containers: Arc<Containers>, started_us: u64) -> Self {
-        Self { containers, network: Mutex::default(), started_us }
+    /// A service for these containers in this machine, in an agent that started at this uptime.
+    pub fn new(containers: Arc<Containers>, machine: Machine, started_us: u64) -> Self {
+        Self { containers, network: Mutex::default(), machine: Arc::new(Mutex::new(machine)), started_us }
     }
 }
 
@@ -144,6 +146,13 @@ impl Agent for AgentService {
 
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
         done(network::forward(&request.target, request.port).await.map_err(Error::Failed))
+    }
+
+    async fn resize_machine(&self, _: &TtrpcContext, request: ResizeMachineRequest) -> Result<Empty> {
+        let machine = Arc::clone(&self.machine);
+        let resize = move || machine.lock().unwrap_or_else(PoisonError::into_inner).resize(request.vcpus, request.added_mib);
+        let resized = tokio::task::spawn_blocking(resize).await;
+        done(resized.map_err(anyhow::Error::from).and_then(|result| result).map_err(Error::Failed))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {

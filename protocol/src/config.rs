@@ -54,6 +54,8 @@ pub struct Config {
     pub max_memory_mib: u64,
     /// The most vCPUs that a pod's limits size its machine to.
     pub max_vcpus: u32,
+    /// Whether the guest tells which of its memory is free.
+    pub report_free_memory: bool,
     /// The VMM's program.
     pub vmm_path: PathBuf,
     /// First user id for VMMs.
@@ -97,6 +99,7 @@ impl Default for Config {
             overhead_mib: 96,
             max_memory_mib: 65_536,
             max_vcpus: 32,
+            report_free_memory: true,
             vmm_path: "/usr/libexec/caisson/caisson-vmm".into(),
             uid_base: 1_500_000_000,
             uid_count: 65_536,

@@ -41,3 +41,6 @@ pub const PANIC_LOG_BYTES: u64 = 64 << 10;
 /// The guest kernel's name for the device in a place for network interfaces is `virtio-mmio.N`, with
 /// N counted from this number: the devices before it are virtio-fs, vsock and rng.
 pub const FIRST_NIC_DEVICE: u32 = 3;
+
+/// That of the device through which memory is added, which is there once it is wanted.
+pub const MEMORY_DEVICE: u32 = FIRST_NIC_DEVICE + crate::vmm::NICS;

@@ -16,11 +16,14 @@ pub const VCPUS: std::ops::RangeInclusive<u32> = 1..=32;
 /// Least and most guest memory in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=1 << 20;
 
+/// MiB that the memory for later comes in: a memory block of Linux.
+pub const ADDED_MIB_STEP: u64 = 128;
+
 /// What the shim asks of the VMM.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// Boot the VM. File descriptors: KVM, kernel, initramfs, guest memory, vhost-user-fs socket,
-    /// and the console's output when [`BootConfig::console`] is set.
+    /// Boot the VM. File descriptors: KVM, kernel, initramfs, guest memory, added memory,
+    /// vhost-user-fs socket, and the console's output when [`BootConfig::console`] is set.
     Boot(BootConfig),
     /// Give the guest one connection to a host port.
     Offer(Offer),
@@ -37,6 +40,18 @@ pub enum Request {
     /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
     /// a virtio header of [`NIC_HEADER`] bytes, not blocking.
     AttachNic(Nic),
+    /// Let the guest have so much added memory; the file for it must be large enough for the next
+    /// multiple of [`ADDED_MIB_STEP`]. Answered by [`Event::MemoryAdded`]s as the guest takes memory or gives it back.
+    AddMemory {
+        /// In MiB, from 0 to [`BootConfig::max_added_mib`].
+        mib: u64,
+    },
+    /// Have at least so many vCPUs. Answered by [`Event::Vcpus`] for each one made, which its kernel
+    /// may then wake.
+    AddVcpus {
+        /// At most [`BootConfig::max_vcpus`].
+        vcpus: u32,
+    },
 }
 
 /// Network interfaces that a VM has place for.
@@ -61,8 +76,14 @@ pub struct Nic {
 pub struct BootConfig {
     /// Number of vCPUs, in [`VCPUS`].
     pub vcpus: u32,
+    /// The most vCPUs that it may have later, in [`VCPUS`].
+    pub max_vcpus: u32,
     /// Guest memory in MiB, in [`MEMORY_MIB`].
     pub memory_mib: u64,
+    /// The most MiB of memory that may be added later: 0, or a multiple of [`ADDED_MIB_STEP`].
+    pub max_added_mib: u64,
+    /// Whether the guest tells which of its memory is free, so that the host has it back.
+    pub report_free_memory: bool,
     /// Added to the guest kernel's command line.
     pub kernel_args: String,
     /// Whether the guest has a serial console.
@@ -121,6 +142,15 @@ pub enum Event {
         /// The stream's port.
         port: u32,
     },
+    /// The guest has taken added memory, or given it back.
+    MemoryAdded {
+        /// MiB that it has.
+        mib: u64,
+        /// MiB of the memory file up to the end of the last of it; it takes none behind that.
+        end_mib: u64,
+    },
+    /// How many vCPUs there are now, or why there is no further one.
+    Vcpus(Result<u32, String>),
     /// The VM is gone; the last message.
     Stopped(Stopped),
 }

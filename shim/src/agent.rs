@@ -9,8 +9,8 @@ use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ForwardRequest, HelloRequest,
-    HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
-    WaitOomRequest,
+    HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse,
+    Stdio, UpdateRequest, WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -211,6 +211,12 @@ impl Agent {
     pub async fn configure_network(&self, interfaces: Vec<Interface>, messages: Vec<Vec<u8>>) -> Result<()> {
         let request = ConfigureNetworkRequest { interfaces, messages, ..ConfigureNetworkRequest::default() };
         self.call("configure the network", self.client.configure_network(none(), &request)).await.map(drop)
+    }
+
+    /// Has the guest use so many vCPUs and so much added memory.
+    pub async fn resize_machine(&self, vcpus: u32, added_mib: u64) -> Result<()> {
+        let request = ResizeMachineRequest { vcpus, added_mib, ..ResizeMachineRequest::default() };
+        self.call("resize the machine", self.client.resize_machine(none(), &request)).await.map(drop)
     }
 
     /// Connects the stream of a port to an address within the guest.

@@ -173,6 +173,7 @@ fn files(config: &PodSandboxConfig) -> Result<Vec<PodFile>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::size::Limits;
 
     fn config() -> PodSandboxConfig {
         let mut config = PodSandboxConfig { hostname: "web".into(), ..PodSandboxConfig::default() };
@@ -195,7 +196,7 @@ mod tests {
         assert_eq!(sandbox.spec.hostname(), "web");
         assert_eq!(sandbox.spec.network_namespace(), Some(Path::new("/run/netns/x")));
         assert_eq!(sandbox.spec.cgroups_path(), Some("/kubepods/pod1/p1"));
-        assert_eq!(sandbox.spec.pod_limits(), (Some(1 << 20), None));
+        assert_eq!(sandbox.spec.pod_limits(), Limits { memory: Some(1 << 20), cpus: None });
     }
 
     #[test]

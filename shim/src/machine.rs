@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use caisson_host::{records, settings};
@@ -17,6 +17,7 @@ use crate::cri::PodFile;
 use crate::errors::{Error, Result};
 use crate::network::{self, Network};
 use crate::sandbox::Sandbox;
+use crate::size::{Limits, Size};
 use crate::spec::Spec;
 use crate::store::{self, Store};
 
@@ -55,8 +56,8 @@ impl Machine {
     pub async fn boot(name: &Name, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
         let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
         spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
-        let (memory, cpus) = spec.pod_limits();
-        config.size_for(memory, cpus);
+        let limits = spec.pod_limits();
+        config.size_for(limits.memory, limits.cpus);
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()
@@ -116,6 +117,30 @@ impl Machine {
             Some(path) if !self.network.initialized() => self.connect(&path).await,
             _ => Ok(()),
         }
+    }
+
+    /// Sees that the machine has what containers with these limits need.
+    ///
+    /// # Errors
+    /// What could not be had.
+    pub async fn make_room(&self, containers: &[Limits]) -> anyhow::Result<()> {
+        let needed = self.sandbox.growth.bounds().needed(containers);
+        let size = self.sandbox.growth.size().await.or_more(needed);
+        self.resize(size).await
+    }
+
+    /// Gives the machine the size that containers with these limits need.
+    ///
+    /// # Errors
+    /// What could not be had.
+    pub async fn fit(&self, containers: &[Limits]) -> anyhow::Result<()> {
+        self.resize(self.sandbox.growth.bounds().needed(containers)).await
+    }
+
+    async fn resize(&self, size: Size) -> anyhow::Result<()> {
+        let Sandbox { vmm, agent, growth, .. } = self.sandbox.as_ref();
+        growth.resize(vmm, agent, size, Duration::from_millis(self.config.agent_timeout_ms.into())).await?;
+        self.store.change(|record| (record.vcpus, record.memory_mib) = (size.vcpus, size.memory_mib))
     }
 
     /// Records why the machine died, for `caisson list`; the first of its processes to hear of it does.

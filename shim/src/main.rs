@@ -29,6 +29,7 @@ mod process;
 mod sandbox;
 mod sandboxer;
 mod service;
+mod size;
 mod spec;
 mod stats;
 mod stdio;

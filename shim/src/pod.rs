@@ -20,7 +20,8 @@ use crate::events::{Events, Topic, timestamp};
 use crate::flags::check_name;
 use crate::machine::{Machine, Name};
 use crate::process::{Process, Status};
-use crate::spec::{self, Siblings, Spec};
+use crate::size::Limits;
+use crate::spec::{self, Kind, Siblings, Spec};
 use crate::stdio::{self, Paths};
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
@@ -165,6 +166,8 @@ impl Pod {
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
         let folder = ShareFolder::make(&machine.store, request.id, request.spec, Path::new(request.bundle), request.rootfs, &binds)?;
         let inner_mounts = folder.inner_mounts(request.id, &binds)?;
+        let limits = (request.spec.kind() != Kind::Sandbox).then(|| request.spec.limits());
+        machine.make_room(&self.limits_with(limits)).await?;
         let sandbox = &machine.sandbox;
         let opened = stdio::open(&request.paths, request.id, &self.name.namespace, || sandbox.next_port())?;
         let ports = opened.ports.clone();
@@ -181,7 +184,7 @@ impl Pod {
             }
         };
         folder.keep();
-        let container = Arc::new(Container::new(request.id, request.bundle, Arc::clone(&process), task, guest_pid));
+        let container = Arc::new(Container::new(request.id, request.bundle, limits, Arc::clone(&process), task, guest_pid));
         self.containers().insert(request.id.to_owned(), Arc::clone(&container));
         let Paths { terminal, stdin, stdout, stderr } = request.paths.clone();
         self.publish(
@@ -338,6 +341,11 @@ impl Pod {
         remove_share_folder(&machine.store.share().join(id))?;
         self.containers().remove(id);
         machine.store.change(|record| record.containers.retain(|other| other != id))?;
+        if !self.containers().is_empty()
+            && let Err(error) = machine.fit(&self.limits_with(None)).await
+        {
+            log::warn!("pod {}: {error:#}", self.id());
+        }
         Ok(())
     }
 
@@ -386,10 +394,28 @@ impl Pod {
         self.machine()?.sandbox.agent.stats(id).await
     }
 
-    /// New limits for a container.
+    /// New limits for a container, and room for them in the machine.
     pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<()> {
-        self.container(id)?;
-        self.machine()?.sandbox.agent.update(id, resources).await
+        let container = self.container(id)?;
+        let machine = self.machine()?;
+        let named: serde_json::Value =
+            serde_json::from_slice(&resources).map_err(|error| Error::Invalid(format!("container {id}: its resources: {error}")))?;
+        let before = container.limits();
+        container.set_limits(before.map(|limits| limits.updated(&named)));
+        let updated = async {
+            machine.make_room(&self.limits_with(None)).await?;
+            machine.sandbox.agent.update(id, resources).await
+        };
+        if let Err(error) = updated.await {
+            container.set_limits(before);
+            return Err(error);
+        }
+        Ok(machine.fit(&self.limits_with(None)).await?)
+    }
+
+    /// What the pod's containers may use, with one that is about to be among them.
+    fn limits_with(&self, new: Option<Limits>) -> Vec<Limits> {
+        self.containers().values().filter_map(|container| container.limits()).chain(new).collect()
     }
 
     /// Kills all containers, within a time, and the machine.

@@ -26,6 +26,7 @@ use tokio::sync::watch;
 
 use crate::agent::Agent;
 use crate::cri::PodFile;
+use crate::size::{Bounds, Growth};
 use crate::store::Store;
 use crate::vmm::{Ended, Jailed, StreamState, Vmm, start_fs};
 use crate::{cgroup, spec};
@@ -44,6 +45,8 @@ pub struct Sandbox {
     pub vmm: Arc<Vmm>,
     /// The agent in the guest.
     pub agent: Agent,
+    /// How it becomes larger.
+    pub growth: Growth,
     fs: Arc<Jailed>,
     next_port: AtomicU32,
 }
@@ -54,6 +57,7 @@ struct Files {
     kernel: File,
     initramfs: File,
     memory: File,
+    added: File,
     console: Option<File>,
 }
 
@@ -72,6 +76,8 @@ impl Sandbox {
             Err(_) => bail!("the guest was not ready within {} ms (timeouts.boot_ms); it was at: {}", config.boot_timeout_ms, boot.stage()),
         };
         started.keep();
+        let growing = Arc::clone(&sandbox);
+        tokio::spawn(async move { growing.growth.follow(growing.vmm.added()).await });
         tokio::spawn(watch_health(Arc::clone(&sandbox), Duration::from_millis(config.health_interval_ms.into())));
         Ok(sandbox)
     }
@@ -140,7 +146,8 @@ impl Boot<'_> {
     async fn run(&self, started: &mut Started) -> Result<Arc<Sandbox>> {
         let Self { config, store, .. } = *self;
         check_descriptor_limit()?;
-        let files = open_files(config, self.bundle)?;
+        let bounds = Bounds::new(config)?;
+        let files = open_files(config, &bounds, self.bundle)?;
         prepare_share(&store.share())?;
         let uid = store.reserve_uid(config.uid_base, config.uid_count)?;
         let (fs_listener, fs_client) = fs_socket(store.dir())?;
@@ -173,22 +180,35 @@ impl Boot<'_> {
         self.enter("setting up the virtual machine");
         let (ours, theirs) = UnixStream::pair().context("make the agent's socket")?;
         let agent = Agent::new(ours, vmm.ended(), Duration::from_millis(config.agent_timeout_ms.into()))?;
-        let connected = self.start_machine(&vmm, &files, &fs_client, theirs.into()).await?;
+        let connected = self.start_machine(&vmm, &bounds, &files, &fs_client, theirs.into()).await?;
         self.hello(&vmm, &agent, connected, processes).await?;
-        Ok(Arc::new(Sandbox { vmm, agent, fs, next_port: AtomicU32::new(FIRST_STREAM_PORT) }))
+        // The guest has mounted the share: the file server has mapped all memory.
+        let growth = Growth::new(bounds, files.added)?;
+        Ok(Arc::new(Sandbox { vmm, agent, growth, fs, next_port: AtomicU32::new(FIRST_STREAM_PORT) }))
     }
 
     /// Starts the vCPUs and offers the control port; the returned state tells when the guest connects.
-    async fn start_machine(&self, vmm: &Vmm, files: &Files, fs_client: &OwnedFd, agent: OwnedFd) -> Result<watch::Receiver<StreamState>> {
+    async fn start_machine(
+        &self,
+        vmm: &Vmm,
+        bounds: &Bounds,
+        files: &Files,
+        fs_client: &OwnedFd,
+        agent: OwnedFd,
+    ) -> Result<watch::Receiver<StreamState>> {
         let config = self.config;
         let boot = BootConfig {
             vcpus: config.vcpus,
+            max_vcpus: bounds.most.vcpus,
             memory_mib: config.memory_mib,
+            max_added_mib: bounds.max_added_mib(),
+            report_free_memory: config.report_free_memory,
             kernel_args: config.kernel_args.clone(),
             console: files.console.is_some(),
         };
-        let mut fds: Vec<BorrowedFd<'_>> =
-            vec![files.kvm.as_fd(), files.kernel.as_fd(), files.initramfs.as_fd(), files.memory.as_fd(), fs_client.as_fd()];
+        let files_of_machine = [&files.kvm, &files.kernel, &files.initramfs, &files.memory, &files.added];
+        let mut fds: Vec<BorrowedFd<'_>> = files_of_machine.into_iter().map(AsFd::as_fd).collect();
+        fds.push(fs_client.as_fd());
         fds.extend(files.console.as_ref().map(AsFd::as_fd));
         vmm.boot(&boot, &fds).await?;
         vmm.offer(Offer { port: CONTROL_PORT, ends: Ends::Duplex }, &[agent]).await
@@ -236,7 +256,7 @@ fn check_descriptor_limit() -> Result<()> {
 }
 
 /// Opens what the machine boots from, naming what is missing and what to do.
-fn open_files(config: &Config, bundle: &Path) -> Result<Files> {
+fn open_files(config: &Config, bounds: &Bounds, bundle: &Path) -> Result<Files> {
     let artefact = |what: &str, key: &str, path: &Path| {
         File::open(path).with_context(|| format!("{what} {} cannot be opened; run `cargo xtask install` or set {key}", path.display()))
     };
@@ -250,10 +270,7 @@ fn open_files(config: &Config, bundle: &Path) -> Result<Files> {
         .write(true)
         .open("/dev/kvm")
         .context("open /dev/kvm: this host offers no hardware virtualization; run `caisson check`")?;
-    let memory = File::from(
-        memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).context("make the guest memory file")?,
-    );
-    memory.set_len(config.memory_mib << 20).with_context(|| format!("size the guest memory file to {} MiB", config.memory_mib))?;
+    let memory = memory_file("guest-memory", config.memory_mib)?;
     nix::fcntl::fcntl(
         &memory,
         nix::fcntl::FcntlArg::F_ADD_SEALS(
@@ -261,6 +278,8 @@ fn open_files(config: &Config, bundle: &Path) -> Result<Files> {
         ),
     )
     .context("seal the size of the guest memory file")?;
+    // Its size changes with what the guest may have of it; to be mapped it must be whole.
+    let added = memory_file("added-memory", bounds.max_added_mib())?;
     let console = if config.kernel_console {
         let log = File::options()
             .read(true)
@@ -272,7 +291,15 @@ fn open_files(config: &Config, bundle: &Path) -> Result<Files> {
     } else {
         None
     };
-    Ok(Files { kvm, kernel, initramfs, memory, console })
+    Ok(Files { kvm, kernel, initramfs, memory, added, console })
+}
+
+/// A file in memory, of which nothing is there until it is written.
+fn memory_file(name: &str, mib: u64) -> Result<File> {
+    let file = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).with_context(|| format!("make the file {name}"))?;
+    let file = File::from(file);
+    file.set_len(mib << 20).with_context(|| format!("size the file {name} to {mib} MiB"))?;
+    Ok(file)
 }
 
 /// Makes the share a mount of its own that passes later mounts on to the file server.

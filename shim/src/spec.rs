@@ -14,11 +14,10 @@ use crate::cri::PodFile;
 use crate::errors::{self, Error};
 use crate::idmap::IdMap;
 use crate::mounts::{Follow, How, ReadOnly};
+use crate::size::Limits;
 
 /// A larger specification does not fit into a message to the agent (ttrpc: 4 MiB).
 const MAX_BYTES: u64 = 3 << 20;
-/// `cpu.period` when a quota comes without one, in microseconds.
-const DEFAULT_PERIOD: u64 = 100_000;
 
 /// A folder or file of the host that a container gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,21 +120,21 @@ impl Spec {
         Kind::Single
     }
 
-    /// What the pod may use: memory in bytes, CPU in thousandths; `None` where it has no limit.
+    /// What the pod may use when it starts.
     ///
     /// For a pod of several containers these are annotations of its sandbox, which containerd
     /// writes from what kubelet adds up; a container of its own has its own limits.
-    pub fn pod_limits(&self) -> (Option<u64>, Option<u64>) {
-        let annotation = |name: &str| self.0["annotations"][format!("io.kubernetes.cri.sandbox-{name}")].as_str()?.parse::<i64>().ok();
-        let resources = &self.0["linux"]["resources"];
-        let (memory, quota, period) = if self.kind() == Kind::Single {
-            (resources["memory"]["limit"].as_i64(), resources["cpu"]["quota"].as_i64(), resources["cpu"]["period"].as_i64())
-        } else {
-            (annotation("memory"), annotation("cpu-quota"), annotation("cpu-period"))
-        };
-        let positive = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
-        let cpus = positive(quota).map(|quota| quota.saturating_mul(1000) / positive(period).unwrap_or(DEFAULT_PERIOD));
-        (positive(memory), cpus)
+    pub fn pod_limits(&self) -> Limits {
+        if self.kind() == Kind::Single {
+            return self.limits();
+        }
+        let annotation = |name: &str| self.0["annotations"][format!("io.kubernetes.cri.sandbox-{name}")].as_str()?.parse().ok();
+        Limits::new(annotation("memory"), annotation("cpu-quota"), annotation("cpu-period"))
+    }
+
+    /// What the container may use.
+    pub fn limits(&self) -> Limits {
+        Limits::of(&self.0["linux"]["resources"])
     }
 
     /// Size of the shared memory that the pod's containers are to have, in bytes; 0 when the
@@ -442,11 +441,11 @@ mod tests {
             json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-memory": memory,
                 "io.kubernetes.cri.sandbox-cpu-quota": "150000", "io.kubernetes.cri.sandbox-cpu-period": "100000"}})
         };
-        assert_eq!(spec(kube("1048576")).pod_limits(), (Some(1 << 20), Some(1500)));
-        assert_eq!(spec(kube("0")).pod_limits(), (None, Some(1500)));
+        assert_eq!(spec(kube("1048576")).pod_limits(), Limits { memory: Some(1 << 20), cpus: Some(1500) });
+        assert_eq!(spec(kube("0")).pod_limits(), Limits { memory: None, cpus: Some(1500) });
         let single = json!({"linux": {"resources": {"memory": {"limit": 2097152}, "cpu": {"quota": -1, "period": 100000}}}});
-        assert_eq!(spec(single).pod_limits(), (Some(2 << 20), None));
-        assert_eq!(spec(json!({})).pod_limits(), (None, None));
+        assert_eq!(spec(single).pod_limits(), Limits { memory: Some(2 << 20), cpus: None });
+        assert_eq!(spec(json!({})).pod_limits(), Limits::default());
     }
 
     #[test]

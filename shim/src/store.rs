@@ -31,9 +31,8 @@ impl Store {
         let run_dir = real(run_dir);
         let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
         std::fs::create_dir_all(dir.join("share")).with_context(|| format!("create the pod's folder {}", dir.display()))?;
-        let store = Self { run_dir, dir, record: Mutex::new(record) };
-        store.change(|_| ())?;
-        Ok(store)
+        write(&dir, &record)?;
+        Ok(Self { run_dir, dir, record: Mutex::new(record) })
     }
 
     /// The folder of all pods.
@@ -64,8 +63,10 @@ impl Store {
         let mut record = self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut changed = record.clone();
         change(&mut changed);
-        records::write(&self.dir, &changed).with_context(|| format!("write the pod's record in {}", self.dir.display()))?;
-        *record = changed;
+        if changed != *record {
+            write(&self.dir, &changed)?;
+            *record = changed;
+        }
         Ok(())
     }
 
@@ -104,6 +105,10 @@ impl Store {
         }
         bail!("all {count} user ids for virtual machines are taken; set vmm.uid_count higher")
     }
+}
+
+fn write(dir: &Path, record: &PodRecord) -> Result<()> {
+    records::write(dir, record).with_context(|| format!("write the pod's record in {}", dir.display()))
 }
 
 /// A path without symbolic links, as the kernel's list of mounts has it; one that is not there is itself.

@@ -125,9 +125,21 @@ pub enum StreamState {
 /// Why a pod's machine ended; `None` while it runs.
 pub type Ended = watch::Receiver<Option<String>>;
 
+/// Memory that the guest has taken of what was added, in MiB.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Added {
+    /// How much of the file it may still hold, counted from the file's beginning.
+    pub end_mib: u64,
+}
+
+/// How many vCPUs there are besides those that the machine started with, or why there is no further one.
+type VcpuCount = Result<u32, String>;
+
 /// The virtual machine monitor.
 pub struct Vmm {
     process: Jailed,
+    added: watch::Sender<Added>,
+    vcpus: watch::Sender<VcpuCount>,
     streams: Mutex<HashMap<u32, watch::Sender<StreamState>>>,
     running: watch::Sender<bool>,
     ended: watch::Sender<Option<String>>,
@@ -145,8 +157,14 @@ impl Vmm {
             other => Err(format!("the virtual machine monitor said {other:?} first")),
         };
         let process = Jailed::start(program, &[uid.to_string()], Path::new("/"), pid_of).await?;
-        let vmm =
-            Arc::new(Self { process, streams: Mutex::default(), running: watch::Sender::new(false), ended: watch::Sender::new(None) });
+        let vmm = Arc::new(Self {
+            process,
+            added: watch::Sender::default(),
+            vcpus: watch::Sender::new(Ok(0)),
+            streams: Mutex::default(),
+            running: watch::Sender::new(false),
+            ended: watch::Sender::new(None),
+        });
         tokio::spawn(Arc::clone(&vmm).listen());
         Ok(vmm)
     }
@@ -177,6 +195,12 @@ impl Vmm {
                     if let Some(stream) = self.streams().remove(&port) {
                         stream.send_replace(StreamState::Closed);
                     }
+                }
+                Ok(Some((Event::MemoryAdded { end_mib, .. }, _))) => {
+                    self.added.send_replace(Added { end_mib });
+                }
+                Ok(Some((Event::Vcpus(count), _))) => {
+                    self.vcpus.send_modify(|now| *now = count);
                 }
                 Ok(Some((Event::Stopped(stopped), _))) => reason = Some(describe(&stopped)),
                 Ok(Some((Event::Jailed { .. }, _))) => {}
@@ -237,6 +261,42 @@ impl Vmm {
     /// When the monitor is gone.
     pub async fn attach_nic(&self, nic: Nic, tap: BorrowedFd<'_>) -> Result<()> {
         self.process.send(&Request::AttachNic(nic), &[tap]).await.context("attach a network interface")
+    }
+
+    /// Lets the guest have so much added memory.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn add_memory(&self, mib: u64) -> Result<()> {
+        self.process.send(&Request::AddMemory { mib }, &[]).await.context("add memory")
+    }
+
+    /// Follows what the guest has of it.
+    pub fn added(&self) -> watch::Receiver<Added> {
+        self.added.subscribe()
+    }
+
+    /// Makes vCPUs until there are so many.
+    ///
+    /// # Errors
+    /// When the monitor is gone, or cannot make them.
+    pub async fn add_vcpus(&self, vcpus: u32) -> Result<()> {
+        let (mut count, mut ended) = (self.vcpus.subscribe(), self.ended());
+        if count.borrow_and_update().as_ref().is_ok_and(|count| *count >= vcpus) {
+            return Ok(());
+        }
+        self.process.send(&Request::AddVcpus { vcpus }, &[]).await.context("make vCPUs")?;
+        loop {
+            tokio::select! {
+                changed = count.changed() => changed.context("make vCPUs")?,
+                _ = ended.wait_for(Option::is_some) => bail!("make vCPUs: the machine ended"),
+            }
+            match &*count.borrow_and_update() {
+                Ok(count) if *count >= vcpus => return Ok(()),
+                Ok(_) => {}
+                Err(reason) => bail!("make vCPUs: {reason}"),
+            }
+        }
     }
 
     /// Takes an offer back, or breaks its stream.

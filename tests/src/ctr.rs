@@ -159,25 +159,21 @@ impl Pod {
 
     /// Process id of one of the pod's host processes, by role.
     pub fn host_pid(&self, role: &str) -> u32 {
-        let records = run("caisson", &["list", "--json"]);
-        for line in records.stdout.lines() {
-            let record: serde_json::Value = serde_json::from_str(line).unwrap();
-            if record["pod"] == self.id.as_str() {
-                for process in record["processes"].as_array().unwrap() {
-                    if process["role"] == role {
-                        return u32::try_from(process["pid"].as_u64().unwrap()).unwrap();
-                    }
-                }
-            }
-        }
-        panic!("no {role} of {} in {records:?}", self.id);
+        host_pid(&self.id, role)
     }
 }
 
-impl Drop for Pod {
-    fn drop(&mut self) {
-        let _ = ctr(&["task", "kill", "--signal", "SIGKILL", &self.id]);
-        let _ = ctr(&["task", "delete", "--force", &self.id]);
-        let _ = ctr(&["container", "delete", &self.id]);
-    }
+/// What `caisson list` says of a pod.
+pub fn record(pod: &str) -> serde_json::Value {
+    let records = run("caisson", &["list", "--json"]);
+    let mut records_of_pods = records.stdout.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    records_of_pods.find(|record| record["pod"] == pod).unwrap_or_else(|| panic!("{pod} is not in {records:?}"))
+}
+
+/// Process id of one of a pod's host processes, by role.
+pub fn host_pid(pod: &str, role: &str) -> u32 {
+    let record = record(pod);
+    let process = record["processes"].as_array().unwrap().iter().find(|process| process["role"] == role);
+    let process = process.unwrap_or_else(|| panic!("no {role} in {record}"));
+    u32::try_from(process["pid"].as_u64().unwrap()).unwrap()
 }

@@ -14,6 +14,7 @@ mod leaks;
 mod network;
 mod pods;
 mod process;
+mod resize;
 mod sequences;
 mod volumes;
 
@@ -48,7 +49,8 @@ fn main() {
     // One at a time: what a test sees on the node is its own.
     arguments.test_threads = Some(1);
     let shared =
-        [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, pods::TESTS, volumes::TESTS, deploy::TESTS, faults::TESTS].concat();
+        [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, pods::TESTS, resize::TESTS, volumes::TESTS, deploy::TESTS, faults::TESTS]
+            .concat();
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);

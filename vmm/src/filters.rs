@@ -36,6 +36,17 @@ const CONTROL: &[Allow] = &[Call(libc::SYS_recvmsg)];
 const VCPU: &[Allow] =
     &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]), Call(libc::SYS_recvmsg)];
 
+/// What makes a vCPU and the next spare thread (see `vcpus`): `KVM_CREATE_VCPU`, `KVM_SET_CPUID2`,
+/// `KVM_SET_MSRS`, `KVM_GET_LAPIC`, `KVM_SET_LAPIC`; a thread's start, its name, its filter.
+const SPARE: &[Allow] = &[
+    CallWith(libc::SYS_ioctl, 1, &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x8400_ae8e, 0x4400_ae8f]),
+    Call(libc::SYS_clone3),
+    Call(libc::SYS_rseq),
+    Call(libc::SYS_set_robust_list),
+    CallWith(libc::SYS_prctl, 0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64]),
+    CallWith(libc::SYS_seccomp, 0, &[libc::SECCOMP_SET_MODE_FILTER as u64]),
+];
+
 /// Queues and streams.
 const IO: &[Allow] = &[
     Call(libc::SYS_epoll_ctl),
@@ -58,6 +69,11 @@ pub fn control() -> Result<(), SeccompError> {
 /// Restricts a vCPU's thread.
 pub fn vcpu() -> Result<(), SeccompError> {
     install("a vCPU thread", &[RUNTIME, VCPU])
+}
+
+/// Restricts the thread that will be the next vCPU's.
+pub fn spare_vcpu() -> Result<(), SeccompError> {
+    install("the spare vCPU thread", &[RUNTIME, VCPU, SPARE])
 }
 
 /// Restricts the thread that serves queues and streams.

@@ -8,6 +8,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 use caisson_protocol::guest::PANIC_LOG_BYTES;
+use caisson_protocol::vmm::BootConfig;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, ReadVolatile};
@@ -67,15 +68,20 @@ pub struct Entry {
     pub address: GuestAddress,
 }
 
-/// The guest kernel's command line.
-pub fn command_line(layout: Layout, slots: &[DeviceSlot], console: bool, extra: &str) -> String {
+/// The guest kernel's command line. Of its CPUs it starts `config.vcpus`; the agent may have it start the others.
+pub fn command_line(layout: Layout, slots: &[DeviceSlot], config: &BootConfig) -> String {
     // reboot=t: a triple fault, which ends the VM; panic=-1: at once. rcu_expedited: making
     // namespaces and cgroups waits for grace periods, which are short on a small machine. numdummies:
-    // a pod has the interfaces that it was given.
+    // a pod has the interfaces that it was given. auto-movable: of memory that is added later most can
+    // be given back, and the kernel itself has some of it.
     let mut line = String::from(
         "reboot=t panic=-1 rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check dummy.numdummies=0",
     );
-    line.push_str(if console { " console=ttyS0 earlyprintk=ttyS0" } else { " 8250.nr_uarts=0 quiet" });
+    line.push_str(&format!(" maxcpus={}", config.vcpus));
+    if layout.added > 0 {
+        line.push_str(" memory_hotplug.online_policy=auto-movable");
+    }
+    line.push_str(if config.console { " console=ttyS0 earlyprintk=ttyS0" } else { " 8250.nr_uarts=0 quiet" });
     line.push_str(&format!(
         " ramoops.mem_address={:#x} ramoops.mem_size={PANIC_LOG_BYTES} ramoops.record_size={PANIC_LOG_BYTES} ramoops.console_size=0 ramoops.ftrace_size=0 ramoops.pmsg_size=0",
         layout.panic_log()
@@ -83,9 +89,9 @@ pub fn command_line(layout: Layout, slots: &[DeviceSlot], console: bool, extra: 
     for slot in slots {
         line.push_str(&format!(" virtio_mmio.device={}K@{:#x}:{}", MMIO_SIZE >> 10, slot.base, slot.irq));
     }
-    if !extra.is_empty() {
+    if !config.kernel_args.is_empty() {
         line.push(' ');
-        line.push_str(extra);
+        line.push_str(&config.kernel_args);
     }
     line
 }
@@ -198,7 +204,7 @@ mod tests {
     }
 
     fn memory() -> (GuestMemory, Layout) {
-        let layout = Layout::new(64);
+        let layout = Layout::new(64, 0);
         (GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap(), layout)
     }
 
@@ -226,7 +232,7 @@ mod tests {
     #[test]
     fn the_memory_map_does_not_overlap() {
         for mib in [64, 3328, 8192] {
-            let map = memory_map(Layout::new(mib));
+            let map = memory_map(Layout::new(mib, 0));
             for pair in map.windows(2) {
                 let (end, next) = (pair[0].addr + pair[0].size, pair[1].addr);
                 assert!(end <= next);

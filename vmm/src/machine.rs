@@ -5,20 +5,22 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use caisson_host::control::Control;
-use caisson_protocol::vmm::{BootConfig, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use caisson_protocol::vmm::{ADDED_MIB_STEP, BootConfig, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
+use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
 use crate::devices::io_thread::{Command, Commands, IoThread};
 use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::serial::Serial;
-use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, fs, net, rng, vsock};
+use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, balloon, fs, mem, net, rng, vsock};
 use crate::memory::{self, GuestMemory, Layout, MMIO_START};
-use crate::{cpuid, filters, kernel, mptable, panic_log, vcpu};
+use crate::vcpus::{Surroundings, Vcpus};
+use crate::{kernel, mptable, vcpu};
 
 /// The API version that every KVM has had since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
@@ -39,6 +41,8 @@ pub struct BootFiles {
     pub initramfs: File,
     /// Guest memory, of the configured size.
     pub memory: File,
+    /// Memory that may be added later, as large as it may become.
+    pub added: File,
     /// vhost-user socket of the virtio-fs server.
     pub fs: OwnedFd,
     /// Where the serial console is written to.
@@ -47,15 +51,14 @@ pub struct BootFiles {
 
 /// A machine whose vCPUs do not run yet.
 pub struct Machine {
-    control: Arc<Control>,
-    memory: GuestMemory,
-    layout: Layout,
-    bus: Arc<Bus>,
-    vcpus: Vec<VcpuFd>,
+    around: Surroundings,
+    first_vcpus: Vec<VcpuFd>,
+    vcpus: Vcpus,
     io: IoThread,
     commands: Commands,
     nics: Nics,
-    vm: VmFd,
+    added: Arc<mem::Shared>,
+    vm: Arc<VmFd>,
 }
 
 /// A machine whose vCPUs run.
@@ -64,8 +67,31 @@ pub struct Running {
     pub commands: Commands,
     /// The places for network interfaces.
     pub nics: Nics,
+    /// The memory that is added.
+    added: Arc<mem::Shared>,
+    /// Takes how many vCPUs there are to be.
+    wanted_vcpus: Sender<u32>,
     // Closing the VM's descriptor would disconnect every interrupt, whoever else holds the VM.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
+}
+
+impl Running {
+    /// Asks the guest to have so much memory added.
+    ///
+    /// # Errors
+    /// When there is no room for so much.
+    pub fn add_memory(&self, mib: u64) -> Result<()> {
+        ensure!(self.added.request(mib << 20), "{mib} MiB of added memory: there is no room for so much");
+        Ok(self.commands.send(Command::MemoryRequested)?)
+    }
+
+    /// Makes vCPUs until there are so many; the shim hears of each.
+    ///
+    /// # Errors
+    /// When there may be no more of them.
+    pub fn add_vcpus(&self, count: u32) -> Result<()> {
+        self.wanted_vcpus.send(count).map_err(|_| anyhow!("{count} vCPUs: the machine has as many as it may have"))
+    }
 }
 
 /// The places for network interfaces.
@@ -92,22 +118,16 @@ impl Machine {
     /// # Errors
     /// What could not be done and why, in one sentence.
     pub fn build(config: &BootConfig, mut files: BootFiles, control: Arc<Control>) -> Result<Self> {
-        ensure!(VCPUS.contains(&config.vcpus), "{} vCPUs: allowed is {} to {}", config.vcpus, VCPUS.start(), VCPUS.end());
-        ensure!(
-            MEMORY_MIB.contains(&config.memory_mib),
-            "{} MiB of memory: allowed is {} to {}",
-            config.memory_mib,
-            MEMORY_MIB.start(),
-            MEMORY_MIB.end()
-        );
+        check(config)?;
         // SAFETY: the descriptor is ours and given up here; Kvm owns it from now on.
         let kvm = unsafe { Kvm::from_raw_fd(files.kvm.into_raw_fd()) };
         ensure!(kvm.get_api_version() == KVM_API_VERSION, "/dev/kvm speaks version {} instead of {KVM_API_VERSION}", kvm.get_api_version());
-        let layout = Layout::new(config.memory_mib);
-        let memory = memory::map(files.memory, layout)?;
-        let vm = create_vm(&kvm, &memory)?;
+        let layout = Layout::new(config.memory_mib, config.max_added_mib);
+        let memory = memory::map(files.memory, files.added, layout)?;
+        let vm = Arc::new(create_vm(&kvm, &memory)?);
 
-        let (io, commands) = IoThread::new().context("create the device thread")?;
+        let added = mem::Shared::new(layout.added_start(), layout.added);
+        let (io, commands) = IoThread::new(Arc::clone(&added)).context("create the device thread")?;
         let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs)).context("connect to the virtio-fs server")?;
         let nics = Nics((0..NICS).map(|_| net::Place::default()).collect());
         let mut transports = vec![
@@ -119,6 +139,9 @@ impl Machine {
             let device = net::Net::new(index, place.clone(), commands.clone());
             transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
         }
+        transports.push(MmioTransport::new(Box::new(mem::Mem::new(Arc::clone(&added), commands.clone())), memory.clone())?);
+        let balloon = balloon::Balloon::new(commands.clone(), config.report_free_memory);
+        transports.push(MmioTransport::new(Box::new(balloon), memory.clone())?);
         let slots: Vec<DeviceSlot> = (0u32..)
             .take(transports.len())
             .map(|index| DeviceSlot { base: MMIO_START + u64::from(index) * MMIO_SIZE, irq: FIRST_IRQ + index })
@@ -131,13 +154,14 @@ impl Machine {
             vm.register_irqfd(serial.interrupt(), SERIAL_IRQ).context("connect the serial console's interrupt")?;
         }
 
-        let command_line = kernel::command_line(layout, &slots, config.console, &config.kernel_args);
+        let command_line = kernel::command_line(layout, &slots, config);
         let entry = kernel::load(&memory, layout, &mut files.kernel, &mut files.initramfs, &command_line)?;
-        mptable::write(&memory, config.vcpus as u8).context("write the MP table")?;
+        mptable::write(&memory, config.max_vcpus as u8).context("write the MP table")?;
         vcpu::write_boot_tables(&memory)?;
-        let vcpus = create_vcpus(&kvm, &vm, config.vcpus as u8, entry)?;
-        let bus = Arc::new(Bus::new(transports, serial));
-        Ok(Self { control, memory, layout, bus, vcpus, io, commands, nics, vm })
+        let vcpus = Vcpus::new(&kvm, Arc::clone(&vm), config)?;
+        let first_vcpus = (0..config.vcpus as u8).map(|index| vcpus.make(index, (index == 0).then_some(entry))).collect::<Result<_>>()?;
+        let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial)) };
+        Ok(Self { around, first_vcpus, vcpus, io, commands, nics, added, vm })
     }
 
     /// Starts the device thread and the vCPUs.
@@ -145,25 +169,28 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be started.
     pub fn start(self) -> Result<Running> {
-        let Self { control, memory, layout, bus, vcpus, io, commands, nics, vm } = self;
-        io.spawn(Arc::clone(&control))?;
-        for (index, mut fd) in vcpus.into_iter().enumerate() {
-            let (control, memory, bus) = (Arc::clone(&control), memory.clone(), Arc::clone(&bus));
-            std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || {
-                    let ended =
-                        filters::vcpu().map_err(anyhow::Error::from).and_then(|()| vcpu::run(&mut fd, &bus).map_err(anyhow::Error::from));
-                    let reason = match ended {
-                        Ok(()) => panic_log::read(&memory, layout).unwrap_or(Stopped::Reset),
-                        Err(error) => Stopped::Failed(format!("{error:#}")),
-                    };
-                    stop(&control, reason);
-                })
-                .with_context(|| format!("start the thread of vCPU {index}"))?;
-        }
-        Ok(Running { commands, nics, _vm: vm })
+        let Self { around, first_vcpus, vcpus, io, commands, nics, added, vm } = self;
+        io.spawn(Arc::clone(&around.control))?;
+        let wanted_vcpus = vcpus.start(first_vcpus, around)?;
+        Ok(Running { commands, nics, added, wanted_vcpus, _vm: vm })
     }
+}
+
+/// Refuses a machine of a size that there is none of.
+fn check(config: &BootConfig) -> Result<()> {
+    let (least, most) = (MEMORY_MIB.start(), MEMORY_MIB.end());
+    for vcpus in [config.vcpus, config.max_vcpus] {
+        ensure!(VCPUS.contains(&vcpus), "{vcpus} vCPUs: allowed is {} to {}", VCPUS.start(), VCPUS.end());
+    }
+    ensure!(config.vcpus <= config.max_vcpus, "{} vCPUs: there may be at most {} later", config.vcpus, config.max_vcpus);
+    ensure!(MEMORY_MIB.contains(&config.memory_mib), "{} MiB of memory: allowed is {least} to {most}", config.memory_mib);
+    let room = most - config.memory_mib;
+    ensure!(
+        config.max_added_mib <= room && config.max_added_mib.is_multiple_of(ADDED_MIB_STEP),
+        "{} MiB of added memory: allowed is 0 to {room}, in steps of {ADDED_MIB_STEP}",
+        config.max_added_mib
+    );
+    Ok(())
 }
 
 /// Reports why the VM stopped, and ends the process with all its threads.
@@ -201,17 +228,4 @@ fn connect(vm: &VmFd, transport: &MmioTransport, slot: &DeviceSlot) -> Result<()
         vm.register_ioevent(kick, &IoEventAddress::Mmio(slot.base + QUEUE_NOTIFY), queue).context("connect a queue's notification")?;
     }
     Ok(())
-}
-
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: kernel::Entry) -> Result<Vec<VcpuFd>> {
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("ask KVM for its CPUID")?;
-    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    (0..count)
-        .map(|index| {
-            let fd = vm.create_vcpu(u64::from(index)).with_context(|| format!("create vCPU {index}"))?;
-            let cpuid = cpuid::for_vcpu(&supported, index, count, tsc_deadline);
-            vcpu::configure(&fd, &cpuid, (index == 0).then_some(entry)).with_context(|| format!("set up vCPU {index}"))?;
-            Ok(fd)
-        })
-        .collect()
 }

@@ -16,6 +16,7 @@ mod memory;
 mod mptable;
 mod panic_log;
 mod vcpu;
+mod vcpus;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -96,7 +97,7 @@ fn end_when_asked() -> nix::Result<()> {
 
 /// Names the descriptors that came with the boot request, in the order that [`Request::Boot`] states.
 fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
-    let expected = 5 + usize::from(config.console);
+    let expected = 6 + usize::from(config.console);
     ensure!(fds.len() == expected, "the boot request came with {} descriptors instead of {expected}", fds.len());
     let mut fds = fds.into_iter();
     let mut next = || fds.next().context("a descriptor is missing");
@@ -105,13 +106,15 @@ fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
         kernel: File::from(next()?),
         initramfs: File::from(next()?),
         memory: File::from(next()?),
+        added: File::from(next()?),
         fs: next()?,
         console: if config.console { Some(File::from(next()?)) } else { None },
     })
 }
 
 /// Hands requests to the thread that owns the streams, until the shim is gone.
-fn serve(control: &Control, Running { commands, nics, .. }: &Running) -> Result<()> {
+fn serve(control: &Control, running: &Running) -> Result<()> {
+    let Running { commands, nics, .. } = running;
     while let Some((request, fds)) = control.receive(true).context("receive a request")? {
         match request {
             Request::Boot(_) => bail!("the shim asked twice to boot"),
@@ -131,6 +134,8 @@ fn serve(control: &Control, Running { commands, nics, .. }: &Running) -> Result<
                 let tap = fds.into_iter().next().context("a network interface came without its tap")?;
                 nics.attach(nic, File::from(tap), commands)?;
             }
+            Request::AddMemory { mib } => running.add_memory(mib)?,
+            Request::AddVcpus { vcpus } => running.add_vcpus(vcpus)?,
         }
     }
     Ok(())

@@ -7,6 +7,7 @@
 //! -64 KiB  panic log (ramoops), reserved
 //! 0xd0000000..4 GiB   devices: virtio-mmio, IOAPIC, local APIC
 //! 4 GiB    the rest of memory
+//! ...      room for memory that is added later, from a multiple of 1 GiB on
 //! ```
 //!
 //! Every page that the guest touches for the first time costs an exit and a fault of the host, so
@@ -68,7 +69,8 @@ pub enum MemoryError {
     Map(#[source] io::Error),
 }
 
-/// Size of a huge page.
+/// Size of a page, and of a huge one.
+const PAGE: u64 = 4096;
 const HUGE_PAGE: u64 = 2 << 20;
 /// `MADV_COLLAPSE` of Linux 6.1.
 const MADV_COLLAPSE: i32 = 25;
@@ -87,13 +89,20 @@ pub struct Layout {
     pub low: u64,
     /// Bytes of memory from 4 GiB on.
     pub high: u64,
+    /// Bytes that may be added later, from [`Layout::added_start`] on.
+    pub added: u64,
 }
 
 impl Layout {
-    /// Splits memory of so many MiB at the device hole.
-    pub const fn new(memory_mib: u64) -> Self {
-        let bytes = memory_mib << 20;
-        if bytes <= MMIO_START { Self { low: bytes, high: 0 } } else { Self { low: MMIO_START, high: bytes - MMIO_START } }
+    /// Splits memory of so many MiB at the device hole; room for so many more comes behind all.
+    pub const fn new(memory_mib: u64, max_added_mib: u64) -> Self {
+        let (bytes, added) = (memory_mib << 20, max_added_mib << 20);
+        if bytes <= MMIO_START { Self { low: bytes, high: 0, added } } else { Self { low: MMIO_START, high: bytes - MMIO_START, added } }
+    }
+
+    /// Where added memory begins: where Linux's blocks of it do, also in their largest size but one.
+    pub const fn added_start(&self) -> u64 {
+        (MMIO_END + self.high).next_multiple_of(1 << 30)
     }
 
     /// Where the panic log lies.
@@ -102,20 +111,24 @@ impl Layout {
     }
 }
 
-/// Maps the memory file as guest memory.
+/// Maps the memory files as guest memory; `added` is that of memory to be added later.
 ///
 /// # Errors
-/// When the file's size is not that of the layout, or the mapping fails.
-pub fn map(file: File, layout: Layout) -> Result<GuestMemory, MemoryError> {
-    let actual = file.metadata().map_err(MemoryError::Stat)?.len();
-    let expected = layout.low + layout.high;
-    if actual != expected {
-        return Err(MemoryError::Size { actual, expected });
+/// When a file's size is not that of the layout, or a mapping fails.
+pub fn map(file: File, added: File, layout: Layout) -> Result<GuestMemory, MemoryError> {
+    for (file, expected) in [(&file, layout.low + layout.high), (&added, layout.added)] {
+        let actual = file.metadata().map_err(MemoryError::Stat)?.len();
+        if actual != expected {
+            return Err(MemoryError::Size { actual, expected });
+        }
     }
     let file = Arc::new(file);
     let mut regions = vec![map_region(&file, 0, layout.low, GuestAddress(0))?];
     if layout.high > 0 {
         regions.push(map_region(&file, layout.low, layout.high, GuestAddress(MMIO_END))?);
+    }
+    if layout.added > 0 {
+        regions.push(map_region(&Arc::new(added), 0, layout.added, GuestAddress(layout.added_start()))?);
     }
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Map(io::Error::other(error)))
 }
@@ -173,21 +186,38 @@ fn collapse(memory: &GuestMemory, from: u64, to: u64) {
     unsafe { libc::madvise(address.cast(), length as usize, MADV_COLLAPSE) };
 }
 
+/// Gives the whole pages of a range back to the host; they read as zero from then on. What is not
+/// guest memory is passed over.
+pub fn discard(memory: &GuestMemory, from: GuestAddress, length: u64) {
+    let Some(end) = from.0.checked_add(length).map(|end| end / PAGE * PAGE) else { return };
+    let start = from.0.next_multiple_of(PAGE);
+    let Some(length) = end.checked_sub(start).filter(|length| *length > 0) else { return };
+    let Ok(slice) = memory.get_slice(GuestAddress(start), length as usize) else { return };
+    // SAFETY: the slice is guest memory, which stays mapped, and whose content is the guest's to lose.
+    // It fails only for memory that is no shared file's, as in tests: then it keeps its content.
+    unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), length as usize, libc::MADV_REMOVE) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn none() -> File {
+        vmm_sys_util::tempfile::TempFile::new().unwrap().into_file()
+    }
+
     #[test]
     fn memory_goes_around_the_device_hole() {
-        assert_eq!(Layout::new(256), Layout { low: 256 << 20, high: 0 });
-        assert_eq!(Layout::new(4096), Layout { low: MMIO_START, high: (4096 << 20) - MMIO_START });
+        assert_eq!(Layout::new(256, 0), Layout { low: 256 << 20, high: 0, added: 0 });
+        assert_eq!(Layout::new(4096, 128), Layout { low: MMIO_START, high: (4096 << 20) - MMIO_START, added: 128 << 20 });
+        assert_eq!((Layout::new(256, 128).added_start(), Layout::new(4096, 128).added_start()), (4 << 30, 5 << 30));
     }
 
     #[test]
     fn a_file_of_the_wrong_size_is_refused() {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         file.set_len(1 << 20).unwrap();
-        let error = map(file, Layout::new(64)).unwrap_err();
+        let error = map(file, none(), Layout::new(64, 0)).unwrap_err();
         assert_eq!(error.to_string(), "guest memory file has 1048576 bytes instead of 67108864");
     }
 
@@ -195,11 +225,11 @@ mod tests {
     fn memory_lies_where_huge_pages_fit_and_keeps_its_content() {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         file.set_len(64 << 20).unwrap();
-        let memory = map(file.try_clone().unwrap(), Layout::new(64)).unwrap();
+        let memory = map(file.try_clone().unwrap(), none(), Layout::new(64, 0)).unwrap();
         let address = memory.get_host_address(GuestAddress(0)).unwrap();
         assert_eq!(address as u64 % HUGE_PAGE, 0);
         memory.write_obj(42u8, GuestAddress(20 << 20)).unwrap();
-        populate(&memory, Layout::new(64), 30 << 20, 4 << 20);
+        populate(&memory, Layout::new(64, 0), 30 << 20, 4 << 20);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(20 << 20)).unwrap(), 42);
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 20 << 20).unwrap();
@@ -209,9 +239,9 @@ mod tests {
     #[test]
     fn high_memory_starts_at_4_gib() {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
-        let layout = Layout::new(3400);
+        let layout = Layout::new(3400, 0);
         file.set_len(3400 << 20).unwrap();
-        let memory = map(file, layout).unwrap();
+        let memory = map(file, none(), layout).unwrap();
         assert!(memory.address_in_range(GuestAddress(MMIO_END)));
         assert!(!memory.address_in_range(GuestAddress(MMIO_START)));
     }

@@ -61,7 +61,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn memory_with(log: &[u8], size: u32) -> (GuestMemory, Layout) {
-        let layout = Layout::new(64);
+        let layout = Layout::new(64, 0);
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
         let base = layout.panic_log();
         memory.write_obj(SIGNATURE, GuestAddress(base)).unwrap();
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn a_kernel_that_did_not_panic_left_nothing() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-        assert_eq!(read(&memory, Layout::new(64)), None);
+        assert_eq!(read(&memory, Layout::new(64, 0)), None);
     }
 
     proptest! {

@@ -132,17 +132,24 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "vm.max_memory_mib",
-        "the most memory in MiB that a pod's limits size its machine to",
+        "the most memory in MiB that a pod's limits size its machine to, at its start and, as far as the host has it, later",
         "64 to 1048576",
         |c, v| c.max_memory_mib = integer(&v, MEMORY_MIB.start().cast_signed(), MEMORY_MIB.end().cast_signed())?,
         |c| c.max_memory_mib.to_string()
     ),
     key!(
         "vm.max_vcpus",
-        "the most vCPUs that a pod's limits size its machine to",
+        "the most vCPUs that a pod's limits size its machine to, at its start and, as far as the host has them, later",
         "1 to 32",
         |c, v| c.max_vcpus = integer(&v, i64::from(*VCPUS.start()), i64::from(*VCPUS.end()))?,
         |c| c.max_vcpus.to_string()
+    ),
+    key!(
+        "vm.report_free_memory",
+        "whether the guest reports memory that it has freed, so that the host has it back after some seconds",
+        "true or false",
+        |c, v| c.report_free_memory = boolean(&v)?,
+        |c| c.report_free_memory.to_string()
     ),
     key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(
         c.vmm_path.display()

@@ -14,11 +14,13 @@ use caisson_protocol::vmm::{Event, NICS, Offer, Stopped};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon::BalloonServer;
+use super::mem::MemServer;
 use super::net::NetServer;
 use super::queue::ActiveQueue;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
-use super::{Activation, Interrupt, net, rng};
+use super::{Activation, Interrupt, mem, net, rng};
 use crate::filters;
 use crate::machine::stop;
 use crate::memory::GuestMemory;
@@ -36,7 +38,9 @@ const NET_TX: u64 = 5;
 const NET_TAP: u64 = 6;
 const NET_TOKENS: u64 = 3;
 const NET_END: u64 = NET_RX + NET_TOKENS * NICS as u64;
-const _: () = assert!(NET_END <= FIRST_TOKEN);
+const MEM_QUEUE: u64 = NET_END;
+const BALLOON_REPORTS: u64 = NET_END + 1;
+const _: () = assert!(BALLOON_REPORTS < FIRST_TOKEN);
 
 /// Which of the thread's devices an activation is for.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +51,10 @@ pub enum Server {
     Vsock,
     /// A network interface, by its place.
     Net(usize),
+    /// Memory.
+    Mem,
+    /// Reports of free memory.
+    Balloon,
 }
 
 /// What the thread is told.
@@ -61,6 +69,8 @@ pub enum Command {
     Withdraw(u32),
     /// The tap of a network interface, before its driver is ready.
     AttachTap(usize, File),
+    /// Another size of added memory is requested.
+    MemoryRequested,
 }
 
 /// The way to tell the thread.
@@ -109,14 +119,17 @@ pub struct IoThread {
     vsock: Option<VsockServer>,
     rng: Option<RngServer>,
     nets: [NetPlace; NICS as usize],
+    added: Arc<mem::Shared>,
+    mem: Option<MemServer>,
+    balloon: Option<BalloonServer>,
 }
 
 impl IoThread {
-    /// A thread that is not started yet, and the way to tell it.
+    /// A thread that is not started yet, and the way to tell it; `added` is what the memory device shares.
     ///
     /// # Errors
     /// When no descriptor is left.
-    pub fn new() -> io::Result<(Self, Commands)> {
+    pub fn new(added: Arc<mem::Shared>) -> io::Result<(Self, Commands)> {
         let epoll = Arc::new(Epoll::new()?);
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
@@ -129,6 +142,9 @@ impl IoThread {
             vsock: None,
             rng: None,
             nets: Default::default(),
+            added,
+            mem: None,
+            balloon: None,
         };
         Ok((thread, Commands { sender, wake }))
     }
@@ -166,6 +182,8 @@ impl IoThread {
                         }
                     }
                     token @ NET_RX..NET_END => self.serve_net((token - NET_RX) / NET_TOKENS, (token - NET_RX) % NET_TOKENS)?,
+                    MEM_QUEUE => self.serve_mem(control)?,
+                    BALLOON_REPORTS => self.balloon.iter_mut().for_each(BalloonServer::serve),
                     token => self.muxer.ready(token),
                 }
             }
@@ -195,6 +213,17 @@ impl IoThread {
                     }
                 }
                 Command::Activate(Server::Net(place), activation) => self.activate_net(place, activation)?,
+                Command::MemoryRequested => self.mem.iter().for_each(MemServer::requested),
+                Command::Activate(Server::Mem, activation) => {
+                    let server = MemServer::new(activation, Arc::clone(&self.added))?;
+                    self.watch(server.kick(), MEM_QUEUE)?;
+                    self.mem = Some(server);
+                }
+                Command::Activate(Server::Balloon, activation) => {
+                    let server = BalloonServer::new(activation)?;
+                    self.watch(server.kick(), BALLOON_REPORTS)?;
+                    self.balloon = Some(server);
+                }
                 Command::Activate(Server::Rng, activation) => self.activate_rng(activation)?,
                 Command::Activate(Server::Vsock, activation) => {
                     let server = VsockServer::new(activation)?;
@@ -253,6 +282,15 @@ impl IoThread {
         let queue = activation.queues.into_iter().next().ok_or(io::ErrorKind::InvalidInput)?;
         self.watch(queue.kick(), RNG_QUEUE)?;
         self.rng = Some(RngServer { queue, memory: activation.memory, interrupt: activation.interrupt });
+        Ok(())
+    }
+
+    fn serve_mem(&mut self, control: &Control) -> io::Result<()> {
+        let Some(server) = &mut self.mem else { return Ok(()) };
+        if server.serve() {
+            let (plugged, end) = server.plugged();
+            control.send(&Event::MemoryAdded { mib: plugged >> 20, end_mib: end >> 20 }, &[], true)?;
+        }
         Ok(())
     }
 

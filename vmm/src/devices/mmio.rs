@@ -127,7 +127,7 @@ impl MmioTransport {
             0x70 => self.state.status,
             // No shared memory regions: their length is all ones (4.2.2).
             0xb0 | 0xb4 => u32::MAX,
-            // The configuration never changes under a driver's eyes: generation 0.
+            0xfc => self.device.config_generation(),
             _ => 0,
         }
     }

@@ -5,8 +5,10 @@
 //! serves its queues once the driver is ready. Devices know guest memory and an interrupt; they
 //! know nothing of KVM or of the shim.
 
+pub mod balloon;
 pub mod fs;
 pub mod io_thread;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;
@@ -63,6 +65,12 @@ impl Interrupt {
         let _ = self.eventfd.write(1);
     }
 
+    /// Tells the driver that the configuration space has changed.
+    pub fn config(&self) {
+        self.config_changed.store(true, Ordering::Release);
+        self.queue();
+    }
+
     fn config_changed(&self) -> bool {
         self.config_changed.load(Ordering::Acquire)
     }
@@ -108,6 +116,10 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Reads the configuration space; what lies beyond reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Goes up whenever the configuration space changes (2.5.1).
+    fn config_generation(&self) -> u32 {
+        0
+    }
     /// Takes the device into service.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 }

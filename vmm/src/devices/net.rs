@@ -390,7 +390,7 @@ mod tests {
 
     #[test]
     fn an_empty_place_is_no_device() {
-        let (_, commands) = super::super::io_thread::IoThread::new().unwrap();
+        let (_, commands) = super::super::io_thread::IoThread::new(crate::devices::mem::Shared::new(0, 0)).unwrap();
         let place = Place::default();
         let net = Net::new(0, place.clone(), commands);
         assert_eq!(net.id(), 0);

@@ -1,0 +1,94 @@
+//! The machine that the guest runs on, as it changes: devices that appear, CPUs, memory.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use caisson_protocol::guest::MEMORY_DEVICE;
+
+const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
+/// For the kernel to take memory into use, and between looks at how much it has.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
+const MEMORY_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Makes the kernel look at a device again, where it found nothing when it started.
+///
+/// # Errors
+/// When there still is nothing.
+pub fn look_at(device: &str) -> Result<()> {
+    std::fs::write(DRIVER, device).with_context(|| format!("look for {device}"))
+}
+
+/// The machine's size.
+pub struct Machine {
+    /// KiB of memory that the kernel had at its start.
+    memory_kib: u64,
+    /// Whether memory was ever added.
+    has_added: bool,
+}
+
+impl Machine {
+    /// The machine as it started.
+    ///
+    /// # Errors
+    /// When the kernel does not say how much memory it has.
+    pub fn new() -> Result<Self> {
+        Ok(Self { memory_kib: total_memory_kib()?, has_added: false })
+    }
+
+    /// Uses so many CPUs, and waits for so much added memory to be in use.
+    ///
+    /// Memory that is to go does so in time: the kernel first moves what is in it.
+    ///
+    /// # Errors
+    /// The CPU that could not be changed, or how much memory there is after a while.
+    pub fn resize(&mut self, vcpus: u32, added_mib: u64) -> Result<()> {
+        // The first CPU stays.
+        for cpu in 1.. {
+            let online = PathBuf::from(format!("/sys/devices/system/cpu/cpu{cpu}/online"));
+            let Ok(is) = std::fs::read_to_string(&online) else { break };
+            let wanted = if cpu < vcpus { "1" } else { "0" };
+            if is.trim() != wanted {
+                std::fs::write(&online, wanted).with_context(|| format!("write {wanted} to {}", online.display()))?;
+            }
+        }
+        if added_mib > 0 && !self.has_added {
+            look_at(&format!("virtio-mmio.{MEMORY_DEVICE}"))?;
+            self.has_added = true;
+        }
+        let begin = Instant::now();
+        loop {
+            let has = total_memory_kib()?;
+            if has >= self.memory_kib + (added_mib << 10) {
+                return Ok(());
+            }
+            if begin.elapsed() > MEMORY_TIMEOUT {
+                let added = has.saturating_sub(self.memory_kib) >> 10;
+                bail!(
+                    "the guest took {added} MiB of the {added_mib} MiB that were added to its memory within {} s",
+                    MEMORY_TIMEOUT.as_secs()
+                );
+            }
+            std::thread::sleep(MEMORY_INTERVAL);
+        }
+    }
+}
+
+fn total_memory_kib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    parse_total(&text).context("find the total in /proc/meminfo")
+}
+
+/// The line `MemTotal: N kB` (proc(5)).
+fn parse_total(meminfo: &str) -> Option<u64> {
+    meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_kernels_total_is_read() {
+        assert_eq!(super::parse_total("MemTotal:         240312 kB\nMemFree:  1 kB\n"), Some(240_312));
+        assert_eq!(super::parse_total("MemFree:  1 kB\n"), None);
+    }
+}
