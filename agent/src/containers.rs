@@ -186,7 +186,9 @@ impl Containers {
 
     async fn make_exec(&self, container: &str, exec: &str, process: &mut Process) -> Result<Starter, Error> {
         let init = self.find(container, "")?;
-        let running = |init: &Process| init.pid.filter(|_| matches!(init.phase, Phase::Running) && init.exited().is_none());
+        // A container that waits to be started has all that an exec joins.
+        let there = |init: &Process| matches!(init.phase, Phase::Created(_) | Phase::Running) && init.exited().is_none();
+        let running = |init: &Process| init.pid.filter(|_| there(init));
         // Not held any longer: whatever becomes of the exec, its container can be killed.
         let target = running(&*init.lock().await);
         let target = target.ok_or_else(|| Error::Precondition(format!("{}: is not running", name(container, ""))))?;

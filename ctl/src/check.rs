@@ -62,11 +62,7 @@ fn all(path: &Path) -> Vec<Check> {
             outcome: filesystem("overlay"),
             remedy: "Run `modprobe overlay`, or use another snapshotter.",
         },
-        Check {
-            what: "cgroup v2",
-            outcome: cgroup(),
-            remedy: "Boot with systemd.unified_cgroup_hierarchy=1; on cgroup v1 pods run, but are not accounted.",
-        },
+        Check { what: "cgroups", outcome: cgroups(), remedy: "Mount cgroup2 at /sys/fs/cgroup, as systemd does." },
         file("guest kernel", &effective.kernel_path, "Run `cargo xtask install`, or set kernel.path."),
         file("initramfs", &effective.initramfs_path, "Run `cargo xtask install`, or set image.initramfs."),
         file("virtual machine monitor", &effective.vmm_path, "Run `cargo xtask install`, or set vmm.path."),
@@ -108,10 +104,16 @@ fn filesystem(name: &str) -> Result<String> {
     Ok("available".into())
 }
 
-fn cgroup() -> Result<String> {
-    let path = "/sys/fs/cgroup/cgroup.controllers";
-    let controllers = std::fs::read_to_string(path).context("cgroup v2 is not mounted at /sys/fs/cgroup")?;
-    Ok(controllers.trim().to_owned())
+fn cgroups() -> Result<String> {
+    let mount = Path::new("/sys/fs/cgroup");
+    if let Ok(controllers) = std::fs::read_to_string(mount.join("cgroup.controllers")) {
+        return Ok(format!("v2 with {}", controllers.trim()));
+    }
+    let missing = ["cpu", "memory", "pids"].into_iter().find(|name| !mount.join(name).join("cgroup.procs").exists());
+    match missing {
+        None => Ok("v1".into()),
+        Some(name) => bail!("neither cgroup v2 nor the {name} hierarchy of v1 is mounted at /sys/fs/cgroup"),
+    }
 }
 
 fn shim() -> Result<String> {

@@ -1,14 +1,19 @@
 //! The pod's cgroup on the host: where the memory and CPU of its VMM and file server are counted.
 //!
-//! On cgroup v2 the path that containerd asks for is used. On v1 the pod's processes stay where
-//! containerd's shims are (see LIMITATIONS).
+//! The path that containerd asks for is used: in the one hierarchy of cgroup v2, or in each of v1
+//! but for CPU sets, whose cgroups take no process before they are filled in.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const MOUNT: &str = "/sys/fs/cgroup";
+/// Hierarchies of cgroup v1 that the pod's processes stay out of.
+const SKIPPED: &[&str] = &["cpuset", "systemd", "unified"];
 /// How long killed processes may take to leave.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -41,13 +46,22 @@ fn slice_path(slice: &str) -> PathBuf {
     path
 }
 
-/// Whether this host has the unified hierarchy.
-pub fn is_unified() -> bool {
-    Path::new(MOUNT).join("cgroup.controllers").exists()
+/// The roots of the host's hierarchies: one with cgroup v2, one for each controller or pair with v1.
+fn hierarchies() -> Vec<PathBuf> {
+    let mount = Path::new(MOUNT);
+    if mount.join("cgroup.controllers").exists() {
+        return vec![mount.to_owned()];
+    }
+    let entries = std::fs::read_dir(mount).into_iter().flatten().flatten();
+    // A link is the name of one of a pair; without controllers are systemd's own and v2's beside v1.
+    let is_one =
+        |path: &PathBuf| path.join("cgroup.procs").exists() && !path.is_symlink() && !SKIPPED.iter().any(|name| path.ends_with(name));
+    entries.map(|entry| entry.path()).filter(is_one).collect()
 }
 
-fn dir(path: &str) -> PathBuf {
-    Path::new(MOUNT).join(path.trim_start_matches('/'))
+/// The cgroup's folders, one in each hierarchy.
+fn dirs(path: &str) -> Vec<PathBuf> {
+    hierarchies().into_iter().map(|root| root.join(path.trim_start_matches('/'))).collect()
 }
 
 /// Makes the cgroup; it may exist.
@@ -55,8 +69,7 @@ fn dir(path: &str) -> PathBuf {
 /// # Errors
 /// When the host does not allow it.
 pub fn create(path: &str) -> Result<()> {
-    let dir = dir(path);
-    std::fs::create_dir_all(&dir).with_context(|| format!("create cgroup {path}"))
+    dirs(path).iter().try_for_each(|dir| std::fs::create_dir_all(dir).with_context(|| format!("create cgroup {}", dir.display())))
 }
 
 /// Moves a process into the cgroup.
@@ -64,7 +77,10 @@ pub fn create(path: &str) -> Result<()> {
 /// # Errors
 /// When the host does not allow it.
 pub fn add(path: &str, pid: u32) -> Result<()> {
-    std::fs::write(dir(path).join("cgroup.procs"), pid.to_string()).with_context(|| format!("move process {pid} into cgroup {path}"))
+    dirs(path).iter().try_for_each(|dir| {
+        std::fs::write(dir.join("cgroup.procs"), pid.to_string())
+            .with_context(|| format!("move process {pid} into cgroup {}", dir.display()))
+    })
 }
 
 /// Kills what is in the cgroup and removes it, and the folder of containerd's namespace above it
@@ -73,16 +89,17 @@ pub fn add(path: &str, pid: u32) -> Result<()> {
 /// # Errors
 /// When something in it does not die.
 pub fn remove(path: &str, namespace: &str) -> Result<()> {
-    let dir = dir(path);
-    if dir.exists() {
-        std::fs::write(dir.join("cgroup.kill"), "1").with_context(|| format!("kill what is in cgroup {path}"))?;
-    }
+    dirs(path).iter().try_for_each(|dir| remove_dir(dir, namespace))
+}
+
+fn remove_dir(dir: &Path, namespace: &str) -> Result<()> {
     let start = Instant::now();
     loop {
-        match std::fs::remove_dir(&dir) {
+        kill_all(dir);
+        match std::fs::remove_dir(dir) {
             Ok(()) => break,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
-            Err(error) if start.elapsed() > EMPTY_TIMEOUT => bail!("remove cgroup {path}: {error}"),
+            Err(error) if start.elapsed() > EMPTY_TIMEOUT => bail!("remove cgroup {}: {error}", dir.display()),
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
         }
     }
@@ -91,6 +108,17 @@ pub fn remove(path: &str, namespace: &str) -> Result<()> {
         let _ = std::fs::remove_dir(parent);
     }
     Ok(())
+}
+
+/// Kills what is in a cgroup; it may be gone. cgroup v1 has no word for it.
+fn kill_all(dir: &Path) {
+    // Not made when it is not there: it is a file of the kernel's.
+    if std::fs::OpenOptions::new().write(true).open(dir.join("cgroup.kill")).and_then(|mut file| file.write_all(b"1")).is_ok() {
+        return;
+    }
+    for pid in std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines().filter_map(|line| line.parse().ok()) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
 }
 
 #[cfg(test)]

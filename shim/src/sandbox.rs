@@ -325,9 +325,6 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
 /// Puts the pod's processes into the cgroup that containerd asks for.
 fn join_cgroup(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
     let Some(path) = spec.cgroups_path().and_then(cgroup::path) else { return Ok(()) };
-    if !cgroup::is_unified() {
-        return Ok(());
-    }
     store.change(|record| record.cgroup = Some(path.clone()))?;
     cgroup::create(&path)?;
     pids.iter().try_for_each(|pid| cgroup::add(&path, *pid))

@@ -13,8 +13,10 @@ use containerd_shim_protos::api::{
     ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
-use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use tokio::sync::watch;
 use ttrpc::Result;
 use ttrpc::asynchronous::TtrpcContext;
@@ -91,7 +93,7 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
         let processes = self.pod.pids(&request.id).await?;
-        let processes = processes.into_iter().map(|(pid, _exec)| ProcessInfo { pid, ..ProcessInfo::default() }).collect();
+        let processes = processes.into_iter().map(|(pid, exec)| process_info(pid, exec)).collect::<Result<_>>()?;
         Ok(PidsResponse { processes, ..PidsResponse::default() })
     }
 
@@ -163,4 +165,15 @@ impl Task for TaskService {
         }
         Ok(Empty::new())
     }
+}
+
+/// A process as containerd lists it, with the exec that it was started by.
+fn process_info(pid: u32, exec_id: String) -> Result<ProcessInfo> {
+    let mut info = ProcessInfo { pid, ..ProcessInfo::default() };
+    if !exec_id.is_empty() {
+        let details = ProcessDetails { exec_id, ..ProcessDetails::default() };
+        let value = details.write_to_bytes().map_err(|error| Error::Failed(error.into()))?;
+        info.info = MessageField::some(Any { type_url: "containerd.runc.v1.ProcessDetails".into(), value, ..Any::default() });
+    }
+    Ok(info)
 }

@@ -163,6 +163,14 @@ impl Pod {
     }
 }
 
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = ctr(&["task", "kill", "--signal", "SIGKILL", &self.id]);
+        let _ = ctr(&["task", "delete", "--force", &self.id]);
+        let _ = ctr(&["container", "delete", &self.id]);
+    }
+}
+
 /// What `caisson list` says of a pod.
 pub fn record(pod: &str) -> serde_json::Value {
     let records = run("caisson", &["list", "--json"]);

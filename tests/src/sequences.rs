@@ -255,7 +255,7 @@ impl Shim {
             17..=18 => {
                 let expected = match (state, exec_state) {
                     (None, _) | (_, None) => Err(Code::NOT_FOUND),
-                    (Some(State::Running), Some(State::Created)) => Ok(()),
+                    (Some(State::Running | State::Created), Some(State::Created)) => Ok(()),
                     _ => Err(Code::FAILED_PRECONDITION),
                 };
                 let seen = self.start(id, exec);

@@ -27,6 +27,7 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// A node's usual shape.
 const DEFAULT_MEMORY_MIB: u32 = 6144;
 const DEFAULT_CPUS: u32 = 2;
+const HOST_SCRIPT: &str = include_str!("host.sh");
 
 /// What `cargo xtask node` was asked for.
 #[derive(clap::Args, Clone, Debug)]
@@ -72,17 +73,17 @@ impl NodeArgs {
 /// Runs a command on a node and returns its exit code.
 pub fn run(args: &NodeArgs) -> Result<i32> {
     let built = build::all()?;
-    if args.host {
-        return run_on_host(args, &built);
+    if args.host && !nix::unistd::geteuid().is_root() {
+        bail!("run on this machine: root is needed; run the command under sudo or leave out --host");
     }
     let image = node_image()?;
     let work = tempfile::Builder::new().prefix("caisson-node-").tempdir()?;
     let mut script = String::new();
     if let Some(bin) = &args.containerd {
         let bin = bin.canonicalize().with_context(|| format!("containerd folder {}", bin.display()))?;
-        let copy = work.path().join("containerd");
+        let copy = work.path().join("root/opt/containerd/given");
         copy_dir(&bin, &copy)?;
-        script.push_str("mkdir -p /opt/containerd/given && cp /node/containerd/* /opt/containerd/given/ && ln -sfn /opt/containerd/given/* /usr/bin/ && /usr/lib/node/containerd.sh /opt/containerd/given || exit 125\n");
+        script.push_str("ln -sfn /opt/containerd/given/* /usr/bin/ && /usr/lib/node/containerd.sh /opt/containerd/given || exit 125\n");
     }
     script.push_str(&shell_line(&args.command));
     std::fs::write(work.path().join("command"), script)?;
@@ -96,6 +97,9 @@ pub fn run(args: &NodeArgs) -> Result<i32> {
     };
     let root = work.path().join("root");
     crate::install::into(&built, &root)?;
+    if args.host {
+        return run_on_host(&image, work.path(), &share);
+    }
     let machine = Machine { cpus: args.cpus, memory_mib: args.memory, counted: args.counted };
     let state = if args.counted { None } else { Some(saved_state(&image, &machine)?) };
     let folders = Folders { caisson: &root, node: work.path(), share: &share };
@@ -226,19 +230,12 @@ fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn run_on_host(args: &NodeArgs, built: &Path) -> Result<i32> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!("run on this machine: root is needed; run the command under sudo or leave out --host");
-    }
-    crate::install::into(built, Path::new("/"))?;
-    let (program, rest) = args.command.split_first().context("name a command after --")?;
-    let mut command = std::process::Command::new(program);
-    command.args(rest);
-    if let Some(bin) = &args.containerd {
-        command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default()));
-    }
-    let status = command.status().with_context(|| format!("run {program}"))?;
-    Ok(status.code().unwrap_or(1))
+/// Runs the command in `work` on this machine's own kernel (see `host.sh`).
+fn run_on_host(image: &NodeImage, work: &Path, share: &Path) -> Result<i32> {
+    let script = work.join("host.sh");
+    std::fs::write(&script, HOST_SCRIPT)?;
+    let status = std::process::Command::new("bash").arg(&script).args([&image.tree(), work, share]).status();
+    Ok(status.context("run bash")?.code().unwrap_or(1))
 }
 
 /// Waits until `ready` yields something, at most `timeout`.
