@@ -54,8 +54,10 @@ fn main() {
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);
-    let alone =
-        libtest_mimic::run(&arguments, trials(&[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, sequences::ALONE].concat()));
+    let alone = libtest_mimic::run(
+        &arguments,
+        trials(&[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, deploy::ALONE, sequences::ALONE].concat()),
+    );
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {
         std::process::exit(101);
