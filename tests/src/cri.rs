@@ -35,7 +35,7 @@ pub const TESTS: &[Test] = &[
     ("a_log_has_the_format_of_the_cri", a_log_has_the_format_of_the_cri),
 ];
 
-const SOCKET: &str = "/run/containerd/containerd.sock";
+pub const SOCKET: &str = "/run/containerd/containerd.sock";
 const HANDLER: &str = "caisson";
 /// Longer than any call takes under emulation.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
@@ -50,7 +50,7 @@ type Answer<T> = Result<Response<T>, Status>;
 
 impl Cri {
     /// Connects to the containerd behind a socket.
-    fn connect(socket: &'static str) -> Self {
+    pub fn connect(socket: &'static str) -> Self {
         let runtime = Runtime::new().unwrap();
         let endpoint = Endpoint::from_static("http://[::]");
         let connect = endpoint
@@ -114,9 +114,14 @@ impl Pod {
     /// Creates and starts a container that runs a script; returns its id.
     pub fn run(&mut self, name: &str, script: &str, change: impl FnOnce(&mut ContainerConfig)) -> String {
         let container = self.create(name, script, change).unwrap();
-        let request = StartContainerRequest { container_id: container.clone() };
-        self.cri.call(|client| client.start_container(request)).unwrap();
+        self.try_run(&container).unwrap();
         container
+    }
+
+    /// Starts a container that was created.
+    pub fn try_run(&mut self, container: &str) -> Result<(), Status> {
+        let request = StartContainerRequest { container_id: container.into() };
+        self.cri.call(|client| client.start_container(request)).map(drop)
     }
 
     pub fn create(&mut self, name: &str, script: &str, change: impl FnOnce(&mut ContainerConfig)) -> Result<String, Status> {

@@ -25,8 +25,12 @@ impl Inventory {
         items.extend(mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| format!("mount {point}")));
         // Not /run/containerd/fifo: ctr makes that, and removes it when it deletes a task, which a task
         // whose shim died never comes to.
-        for dir in ["/run/caisson", "/run/containerd/s", "/run/containerd/io.containerd.runtime.v2.task"] {
+        for dir in ["/run/caisson", "/run/containerd/s"] {
             walk(Path::new(dir), &mut items, true);
+        }
+        // A folder for each of its namespaces is containerd's own.
+        for namespace in std::fs::read_dir("/run/containerd/io.containerd.runtime.v2.task").into_iter().flatten().flatten() {
+            walk(&namespace.path(), &mut items, true);
         }
         walk(Path::new("/sys/fs/cgroup"), &mut items, false);
         Self(items)
@@ -35,6 +39,12 @@ impl Inventory {
     /// What is here and was not in `before`.
     pub fn beyond(&self, before: &Self) -> Vec<String> {
         self.0.difference(&before.0).cloned().collect()
+    }
+
+    /// This and all mounts that are now below a folder.
+    pub fn with_mounts_below(mut self, folder: &str) -> Self {
+        self.0.extend(Self::take().0.into_iter().filter(|item| item.starts_with(&format!("mount {folder}/"))));
+        self
     }
 }
 

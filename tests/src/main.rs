@@ -8,6 +8,7 @@ mod cri;
 mod ctr;
 mod deploy;
 mod faults;
+mod fire;
 mod host;
 mod io;
 mod leaks;
@@ -56,7 +57,7 @@ fn main() {
     ctr::run_pod(&[], &["true"]);
     let alone = libtest_mimic::run(
         &arguments,
-        trials(&[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, deploy::ALONE, sequences::ALONE].concat()),
+        trials(&[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, deploy::ALONE, fire::ALONE, sequences::ALONE].concat()),
     );
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {

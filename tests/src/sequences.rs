@@ -24,14 +24,14 @@ pub const ALONE: &[Test] =
 
 /// No call may take longer, whatever came before it.
 const LIMIT: Duration = Duration::from_secs(60);
-const CONTAINERS: usize = 3;
+pub const CONTAINERS: usize = 3;
 const EXECS: usize = 2;
 
 /// Numbers that are the same for the same seed (xorshift64).
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
+    pub fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -57,7 +57,7 @@ struct Container {
 }
 
 /// A pod's shim, called as containerd calls it.
-struct Shim {
+pub struct Shim {
     pod: String,
     task: TaskClient,
     containers: BTreeMap<String, Container>,
@@ -66,7 +66,43 @@ struct Shim {
 
 type Answer<T> = Result<T, Code>;
 
+/// The names of each container's execs.
+pub fn execs() -> impl Iterator<Item = String> {
+    (0..EXECS).map(|number| format!("exec-{number}"))
+}
+
 impl Shim {
+    /// The shim of a pod, through a connection of its own.
+    pub fn connect(pod: &Pod) -> Self {
+        shell("mkdir -p /tmp/sequences/root/bin /tmp/sequences/root/proc && cp -n /bin/busybox /tmp/sequences/root/bin/");
+        let address = shell(&format!("cat /run/containerd/io.containerd.runtime.v2.task/default/{}/address", pod.id));
+        let task = TaskClient::new(Client::connect(&address).unwrap());
+        Self { pod: pod.id.clone(), task, containers: BTreeMap::new(), calls: Vec::new() }
+    }
+
+    /// Some call, whatever its answer.
+    pub fn any_call(&mut self, random: &mut Random) {
+        let id = format!("seq-{}", random.below(CONTAINERS));
+        let exec = format!("exec-{}", random.below(EXECS));
+        let _answer = match random.below(11) {
+            0..=1 => self.create(&id, random.below(2) == 0),
+            2..=3 => self.start(&id, ""),
+            4 => self.kill(&id),
+            5 => self.delete(&id, "").map(drop),
+            6 => self.pause(&id, true),
+            7 => self.pause(&id, false),
+            8 => self.exec(&id, &exec),
+            9 => self.start(&id, &exec),
+            _ => self.delete(&id, &exec).map(drop),
+        };
+    }
+
+    /// Whether there is such a container.
+    pub fn exists(&mut self, id: &str) -> bool {
+        let request = StateRequest { id: id.into(), ..StateRequest::default() };
+        self.call(&request, |task, context, request| task.state(context, request)) != Err(Code::NOT_FOUND)
+    }
+
     fn call<Q: std::fmt::Debug, A>(
         &mut self,
         request: &Q,
@@ -117,7 +153,7 @@ impl Shim {
         self.call(&request, |task, context, request| task.start(context, request)).map(drop)
     }
 
-    fn kill(&mut self, id: &str) -> Answer<()> {
+    pub fn kill(&mut self, id: &str) -> Answer<()> {
         let request = KillRequest { id: id.into(), signal: 9, ..KillRequest::default() };
         self.call(&request, |task, context, request| task.kill(context, request)).map(drop)
     }
@@ -127,7 +163,7 @@ impl Shim {
         self.call(&request, |task, context, request| task.wait(context, request)).unwrap().exit_status
     }
 
-    fn delete(&mut self, id: &str, exec: &str) -> Answer<u32> {
+    pub fn delete(&mut self, id: &str, exec: &str) -> Answer<u32> {
         let request = DeleteRequest { id: id.into(), exec_id: exec.into(), ..DeleteRequest::default() };
         self.call(&request, |task, context, request| task.delete(context, request)).map(|answer| answer.exit_status)
     }
@@ -294,12 +330,10 @@ fn any_sequence_of_calls_is_answered_as_the_state_allows() {
     let seed = number("CAISSON_TEST_SEED", 20_261_123);
     let calls = number("CAISSON_TEST_CALLS", 150);
     let before = Inventory::take();
-    shell("mkdir -p /tmp/sequences/root/bin /tmp/sequences/root/proc && cp /bin/busybox /tmp/sequences/root/bin/");
     {
         let pod = Pod::start("sequences", &[], "exec sleep 1000");
-        let address = shell(&format!("cat /run/containerd/io.containerd.runtime.v2.task/default/{}/address", pod.id));
-        let task = TaskClient::new(Client::connect(&address).unwrap());
-        let mut shim = Shim { pod: pod.id.clone(), task, containers: BTreeMap::new(), calls: vec![format!("seed {seed}")] };
+        let mut shim = Shim::connect(&pod);
+        shim.calls.push(format!("seed {seed}"));
         let mut random = Random(seed.max(1));
         for _ in 0..calls {
             shim.step(&mut random);

@@ -170,7 +170,7 @@ impl Machine {
     /// When a thread cannot be started.
     pub fn start(self) -> Result<Running> {
         let Self { around, first_vcpus, vcpus, io, commands, nics, added, vm } = self;
-        io.spawn(Arc::clone(&around.control))?;
+        io.spawn(Arc::clone(&around.control)).context("start the device thread")?;
         let wanted_vcpus = vcpus.start(first_vcpus, around)?;
         Ok(Running { commands, nics, added, wanted_vcpus, _vm: vm })
     }
