@@ -5,11 +5,12 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
-use caisson_protocol::agent::Stdio;
+use caisson_protocol::agent::{CreateContainerRequest, Stdio};
 use nix::unistd::Pid;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::hugepages::{self, HugePages};
 use crate::init::{bundle_dir, process_file, spec_file};
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
@@ -68,13 +69,14 @@ type Shared = Arc<tokio::sync::Mutex<Process>>;
 /// Containers and execs by name; the container's own process has an empty exec id.
 pub struct Containers {
     reaper: Reaper,
+    huge_pages: Arc<HugePages>,
     processes: Mutex<HashMap<(String, String), Shared>>,
 }
 
 impl Containers {
     /// No containers.
     pub fn new(reaper: Reaper) -> Self {
-        Self { reaper, processes: Mutex::default() }
+        Self { reaper, huge_pages: Arc::default(), processes: Mutex::default() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Shared>> {
@@ -108,14 +110,19 @@ impl Containers {
     /// Makes a container up to the point where its process waits to be started.
     ///
     /// Mounts within its volumes are found first. Returns that process's id.
-    pub async fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio, inner_mounts: Vec<String>) -> Result<u32, Error> {
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, Error> {
+        let id = request.id.as_str();
         check_id(id)?;
+        let stdio = request.stdio.clone().unwrap_or_default();
         let process = self.insert(id, "", stdio.clone())?;
         let mut process = process.lock().await;
-        let container = id.to_owned();
+        let (container, huge_pages) = (id.to_owned(), Arc::clone(&self.huge_pages));
+        let CreateContainerRequest { spec, inner_mounts, huge_page_bytes, huge_page_volumes, .. } = request.clone();
         let made = blocking(move || {
             let spec = prepare_bundle(&container, &spec)?;
             inner_mounts.iter().for_each(|path| find_mount(path));
+            huge_pages.reserve(&container, huge_page_bytes)?;
+            huge_page_volumes.iter().try_for_each(|name| hugepages::mount_volume(name))?;
             let cgroup = Cgroup::of(&container);
             cgroup.create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
             devices::restrict(&cgroup, &spec)?;
@@ -134,6 +141,7 @@ impl Containers {
                 self.remove(id, "");
                 // Something of it may exist already.
                 let container = id.to_owned();
+                self.huge_pages.release(id);
                 let _ = blocking(move || clean_up(&container)).await;
                 Err(error.into())
             }
@@ -295,8 +303,10 @@ impl Containers {
         }
         self.remove(container, exec);
         if exec.is_empty() {
-            let container = container.to_owned();
-            blocking(move || clean_up(&container)).await?;
+            let (container, id) = (container.to_owned(), container.to_owned());
+            let outcome = blocking(move || clean_up(&container)).await;
+            self.huge_pages.release(&id);
+            outcome?;
         } else {
             let _ = std::fs::remove_file(process_file(container, exec));
         }

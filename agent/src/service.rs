@@ -75,7 +75,7 @@ impl Agent for AgentService {
     }
 
     async fn create_container(&self, _: &TtrpcContext, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
-        let pid = answer(self.containers.create(&request.id, request.spec, request.stdio.unwrap_or_default(), request.inner_mounts).await)?;
+        let pid = answer(self.containers.create(request).await)?;
         Ok(CreateContainerResponse { pid, ..CreateContainerResponse::default() })
     }
 

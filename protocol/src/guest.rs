@@ -32,6 +32,9 @@ pub const SHM_DIR: &str = "/dev/shm";
 /// and not containerd makes the pod's sandbox.
 pub const POD_FILES_DIR: &str = "/run/caisson/files";
 
+/// Where the guest mounts volumes of huge pages, which are memory and so its own.
+pub const HUGE_PAGES_DIR: &str = "/run/caisson/hugepages";
+
 /// The program of a container that only holds a pod's namespaces; the agent itself does what it does.
 pub const PAUSE: &str = "/pause";
 

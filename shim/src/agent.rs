@@ -125,16 +125,8 @@ impl Agent {
         self.call("health check", self.client.ping(none(), &Empty::new())).await.map(drop)
     }
 
-    /// Makes a container, whose volumes hold mounts at `inner_mounts`; returns the id that its own
-    /// process has in the guest.
-    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: Stdio, inner_mounts: Vec<String>) -> Result<u32> {
-        let request = CreateContainerRequest {
-            id: id.to_owned(),
-            spec,
-            stdio: Some(stdio).into(),
-            inner_mounts,
-            ..CreateContainerRequest::default()
-        };
+    /// Makes a container; returns the id that its own process has in the guest.
+    pub async fn create_container(&self, request: CreateContainerRequest) -> Result<u32> {
         self.call("create the container", self.client.create_container(none(), &request)).await.map(|answer| answer.pid)
     }
 

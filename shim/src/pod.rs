@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use caisson_protocol::agent::CreateContainerRequest;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
@@ -21,7 +22,7 @@ use crate::flags::check_name;
 use crate::machine::{Machine, Name};
 use crate::process::{Process, Status};
 use crate::size::Limits;
-use crate::spec::{self, Kind, Siblings, Spec};
+use crate::spec::{self, GuestSpec, Kind, Siblings, Spec};
 use crate::stdio::{self, Paths};
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
@@ -160,7 +161,8 @@ impl Pod {
     }
 
     async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
-        let (guest_spec, binds) = request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
+        let GuestSpec { json, binds, huge_page_volumes } =
+            request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
@@ -172,7 +174,16 @@ impl Pod {
         let opened = stdio::open(&request.paths, request.id, &self.name.namespace, || sandbox.next_port())?;
         let ports = opened.ports.clone();
         let process = Process::new(sandbox, "", request.paths.clone(), opened).await?;
-        let guest_pid = match sandbox.agent.create_container(request.id, guest_spec, ports, inner_mounts).await {
+        let create = CreateContainerRequest {
+            id: request.id.to_owned(),
+            spec: json,
+            stdio: MessageField::some(ports),
+            inner_mounts,
+            huge_page_bytes: limits.map_or(0, |limits| limits.huge_pages),
+            huge_page_volumes,
+            ..CreateContainerRequest::default()
+        };
+        let guest_pid = match sandbox.agent.create_container(create).await {
             Ok(pid) => pid,
             Err(error) => {
                 process.close_streams(sandbox).await;

@@ -18,6 +18,11 @@ use crate::vmm::{Added, Vmm};
 
 /// `cpu.period` when a quota comes without one, in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
+/// The size of huge pages that a guest has, as `hugepageLimits` writes it, their limit among the
+/// `unified` ones, and the most bytes in them.
+const HUGE_PAGE: &str = "2MB";
+const HUGE_PAGES_MAX: &str = "hugetlb.2MB.max";
+const MOST_HUGE_PAGES: u64 = 1 << 40;
 /// From this much memory on Linux may give blocks of memory another size than [`ADDED_MIB_STEP`].
 const LARGE_MIB: u64 = 64 << 10;
 /// The guest takes memory in blocks of this many MiB: the largest that its kernel keeps free lists of.
@@ -30,6 +35,8 @@ pub struct Limits {
     pub memory: Option<u64>,
     /// Thousandths of a CPU.
     pub cpus: Option<u64>,
+    /// Bytes in huge pages of 2 MiB, which are no part of `memory`; 0 for none.
+    pub huge_pages: u64,
 }
 
 impl Limits {
@@ -37,13 +44,18 @@ impl Limits {
     pub fn new(memory: Option<i64>, quota: Option<i64>, period: Option<i64>) -> Self {
         let positive = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
         let cpus = positive(quota).map(|quota| quota.saturating_mul(1000) / positive(period).unwrap_or(DEFAULT_PERIOD));
-        Self { memory: positive(memory), cpus }
+        Self { memory: positive(memory), cpus, huge_pages: 0 }
     }
 
     /// Of an OCI `linux.resources` object.
     pub fn of(resources: &Value) -> Self {
         let cpu = &resources["cpu"];
-        Self::new(resources["memory"]["limit"].as_i64(), cpu["quota"].as_i64(), cpu["period"].as_i64())
+        let pages = resources["hugepageLimits"].as_array().into_iter().flatten().filter(|limit| limit["pageSize"] == HUGE_PAGE);
+        let unified = resources["unified"][HUGE_PAGES_MAX].as_str().and_then(|limit| limit.parse().ok());
+        // A limit beyond any machine is none.
+        let huge_pages = pages.filter_map(|limit| limit["limit"].as_u64()).chain(unified).filter(|bytes| *bytes <= MOST_HUGE_PAGES).max();
+        let limits = Self::new(resources["memory"]["limit"].as_i64(), cpu["quota"].as_i64(), cpu["period"].as_i64());
+        Self { huge_pages: huge_pages.unwrap_or(0), ..limits }
     }
 
     /// These with what such an object says anew.
@@ -54,6 +66,8 @@ impl Limits {
         Self {
             memory: if says(&resources["memory"]["limit"]) { new.memory } else { self.memory },
             cpus: if says(&resources["cpu"]["quota"]) { new.cpus } else { self.cpus },
+            // Set aside when the container is made, for as long as it is there.
+            huge_pages: self.huge_pages,
         }
     }
 }
@@ -120,7 +134,7 @@ impl Bounds {
     pub fn needed(&self, containers: &[Limits]) -> Size {
         let (mut bytes, mut cpus, mut unlimited) = (0u64, 0u64, false);
         for limits in containers {
-            bytes = bytes.saturating_add(limits.memory.unwrap_or(0));
+            bytes = bytes.saturating_add(limits.memory.unwrap_or(0)).saturating_add(limits.huge_pages);
             cpus = cpus.saturating_add(limits.cpus.unwrap_or(0));
             unlimited |= limits.memory.is_none();
         }
@@ -217,7 +231,7 @@ mod tests {
     }
 
     fn limits(memory: u64, cpus: u64) -> Limits {
-        Limits { memory: Some(memory * MIB), cpus: Some(cpus) }
+        Limits { memory: Some(memory * MIB), cpus: Some(cpus), huge_pages: 0 }
     }
 
     #[test]
@@ -240,14 +254,17 @@ mod tests {
         assert_eq!(needed(&[limits(300, 1500), limits(100, 600)]), (3, 496));
         assert_eq!(needed(&[limits(301, 100), Limits::default()]), (1, 560));
         assert_eq!(needed(&[limits(1 << 30, u64::MAX)]), (4, 256 + 13 * 128));
+        assert_eq!(needed(&[Limits { huge_pages: 64 << 20, ..limits(160, 100) }]), (1, 320));
     }
 
     #[test]
     fn an_update_changes_what_it_names() {
         let first = Limits::of(&json!({"memory": {"limit": 1024}, "cpu": {"quota": 150_000, "period": 100_000}}));
-        assert_eq!(first, Limits { memory: Some(1024), cpus: Some(1500) });
-        assert_eq!(first.updated(&json!({"cpu": {"quota": 50_000}})), Limits { memory: Some(1024), cpus: Some(500) });
-        assert_eq!(first.updated(&json!({"memory": {"limit": -1}})), Limits { memory: None, cpus: Some(1500) });
+        assert_eq!(first, Limits { memory: Some(1024), cpus: Some(1500), huge_pages: 0 });
+        assert_eq!(first.updated(&json!({"cpu": {"quota": 50_000}})), Limits { memory: Some(1024), cpus: Some(500), huge_pages: 0 });
+        assert_eq!(first.updated(&json!({"memory": {"limit": -1}})), Limits { memory: None, cpus: Some(1500), huge_pages: 0 });
+        let huge = json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}, {"pageSize": "1GB", "limit": 1 << 30}]});
+        assert_eq!(Limits::of(&huge).huge_pages, 4096);
         assert_eq!(first.updated(&json!({"memory": {"limit": 0}, "cpu": {"shares": 2}})), first);
     }
 }

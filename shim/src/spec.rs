@@ -3,11 +3,12 @@
 //! It is handled as JSON, not as a type of ours: what we do not know passes through to the agent.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use caisson_protocol::config::HostNamespaces;
-use caisson_protocol::guest::{MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
+use caisson_protocol::guest::{HUGE_PAGES_DIR, MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
 use serde_json::{Map, Value, json};
 
 use crate::cri::PodFile;
@@ -33,6 +34,17 @@ pub struct Bind {
 /// A container's specification.
 #[derive(Debug, Clone)]
 pub struct Spec(Value);
+
+/// A specification as the guest gets it, and what it takes to honour it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct GuestSpec {
+    /// `config.json`.
+    pub json: Vec<u8>,
+    /// What is bound into the share.
+    pub binds: Vec<Bind>,
+    /// Volumes of huge pages, which the guest makes of its own memory.
+    pub huge_page_volumes: Vec<String>,
+}
 
 /// What a container is to its pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,15 +193,19 @@ impl Spec {
     ///
     /// # Errors
     /// What of the host it asks for that a machine of its own cannot have.
-    pub fn for_guest(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<(Vec<u8>, Vec<Bind>)> {
+    pub fn for_guest(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<GuestSpec> {
         let mut spec = self.0.clone();
         let place = format!("{SHARE_DIR}/{container}");
         spec["root"]["path"] = json!(format!("{place}/{ROOTFS_DIR}"));
-        let mut binds = Vec::new();
+        let (mut binds, mut huge_page_volumes) = (Vec::new(), Vec::new());
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
             if self.is_pod_shm(mount) {
                 mount["source"] = json!(SHM_DIR);
                 mount["type"] = json!("bind");
+            } else if let Some(name) = huge_page_volume(mount) {
+                mount["source"] = json!(format!("{HUGE_PAGES_DIR}/{name}"));
+                mount["type"] = json!("bind");
+                huge_page_volumes.push(name);
             } else if let Some(bind) =
                 host_bind(mount, binds.len()).map_err(|error| Error::Invalid(format!("container {container}: {error:#}")))?
             {
@@ -205,7 +221,7 @@ impl Spec {
         spec["linux"]["namespaces"] = self.guest_namespaces(container, host, siblings)?.into();
         drop_unsupported(&mut spec, container);
         // A JSON value always serialises.
-        Ok((serde_json::to_vec(&spec).unwrap_or_default(), binds))
+        Ok(GuestSpec { json: serde_json::to_vec(&spec).unwrap_or_default(), binds, huge_page_volumes })
     }
 
     fn lacks_namespace(&self, kind: &str) -> bool {
@@ -282,6 +298,16 @@ fn add_pod_files(spec: &mut Value, files: &[PodFile]) {
 fn process_namespace(path: &str) -> Option<(u32, &str)> {
     let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
     (!file.contains('/')).then_some((pid.parse().ok()?, file))
+}
+
+/// The guest's name for a volume of huge pages, which kubelet mounts on the host: containers that have
+/// the same one share it.
+fn huge_page_volume(mount: &Value) -> Option<String> {
+    let source = mount["source"].as_str().filter(|source| source.starts_with('/'))?;
+    let is_one = nix::sys::statfs::statfs(source).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC);
+    let mut hasher = DefaultHasher::new();
+    source.hash(&mut hasher);
+    is_one.then(|| format!("{:016x}", hasher.finish()))
 }
 
 /// The bind mount of a host path that a mount entry asks for.
@@ -368,7 +394,7 @@ mod tests {
     }
 
     fn for_guest(spec: &Spec, host: HostNamespaces) -> errors::Result<(Value, Vec<Bind>)> {
-        spec.for_guest("c", host, &Pod).map(|(guest, binds)| (serde_json::from_slice(&guest).unwrap(), binds))
+        spec.for_guest("c", host, &Pod).map(|guest| (serde_json::from_slice(&guest.json).unwrap(), guest.binds))
     }
 
     #[test]
@@ -441,10 +467,10 @@ mod tests {
             json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-memory": memory,
                 "io.kubernetes.cri.sandbox-cpu-quota": "150000", "io.kubernetes.cri.sandbox-cpu-period": "100000"}})
         };
-        assert_eq!(spec(kube("1048576")).pod_limits(), Limits { memory: Some(1 << 20), cpus: Some(1500) });
-        assert_eq!(spec(kube("0")).pod_limits(), Limits { memory: None, cpus: Some(1500) });
+        assert_eq!(spec(kube("1048576")).pod_limits(), Limits { memory: Some(1 << 20), cpus: Some(1500), huge_pages: 0 });
+        assert_eq!(spec(kube("0")).pod_limits(), Limits { memory: None, cpus: Some(1500), huge_pages: 0 });
         let single = json!({"linux": {"resources": {"memory": {"limit": 2097152}, "cpu": {"quota": -1, "period": 100000}}}});
-        assert_eq!(spec(single).pod_limits(), Limits { memory: Some(2 << 20), cpus: None });
+        assert_eq!(spec(single).pod_limits(), Limits { memory: Some(2 << 20), cpus: None, huge_pages: 0 });
         assert_eq!(spec(json!({})).pod_limits(), Limits::default());
     }
 

@@ -123,7 +123,9 @@ fn a_containerd_that_dies_within_calls_leaves_nothing() {
 fn a_pod_without_processes_or_memory_dies_alone() {
     let neighbour = Pod::start("neighbour", &[], "exec sleep 1000");
     let before = Inventory::take();
-    for (limit, says) in [("pids.max=4", "start the device thread: Resource temporarily unavailable"), ("memory.max=30M", "was killed by SIGKILL")] {
+    for (limit, says) in
+        [("pids.max=4", "start the device thread: Resource temporarily unavailable"), ("memory.max=30M", "was killed by SIGKILL")]
+    {
         let (file, value) = limit.split_once('=').unwrap();
         shell(&format!("mkdir /sys/fs/cgroup/tight; echo {value} >/sys/fs/cgroup/tight/{file}"));
         let started = cri::Pod::try_start(|config| config.linux.as_mut().unwrap().cgroup_parent = "/tight".into());

@@ -99,3 +99,12 @@ pub fn assert_nothing_left(before: &Inventory) {
         std::thread::sleep(Duration::from_millis(200));
     }
 }
+
+/// Waits for what comes in time, at most a minute.
+pub fn eventually(mut holds: impl FnMut() -> bool, otherwise: &str) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{otherwise}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}

@@ -2,10 +2,10 @@
 
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{Duration, Instant};
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, id, run, run_pod, shell};
+use crate::host::eventually;
 
 pub const TESTS: &[Test] = &[
     ("interfaces_of_a_namespace_are_the_guests", interfaces_of_a_namespace_are_the_guests),
@@ -132,14 +132,6 @@ fn a_file_crosses_the_network_both_ways() {
     let counters = output(&pod, &format!("timeout 6 nslookup caisson.test 10.9.{n}.1 > /dev/null 2>&1; grep Udp: /proc/net/snmp"));
     let received = counters.lines().nth(1).and_then(|line| line.split(' ').nth(1)).and_then(|count| count.parse::<u32>().ok());
     assert!(received.is_some_and(|received| received > 0), "{counters}");
-}
-
-fn eventually(mut check: impl FnMut() -> bool, complaint: &str) {
-    let start = Instant::now();
-    while !check() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{complaint}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
 }
 
 fn changes_of_a_network_are_followed() {

@@ -4,16 +4,20 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{
-    ContainerState, ExecSyncRequest, IdMapping, LinuxContainerResources, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
-    PodSandboxState, PodSandboxStatusRequest, StartContainerRequest, StopPodSandboxRequest, UserNamespace,
+    ContainerConfig, ContainerState, ExecSyncRequest, IdMapping, LinuxContainerResources, Mount, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, ReopenContainerLogRequest, StartContainerRequest,
+    StopPodSandboxRequest, UserNamespace,
 };
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP, security};
 use crate::ctr::{id, run, shell};
-use crate::host::{Inventory, assert_nothing_left};
+use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
+    ("huge_pages_are_set_aside_and_shared_by_a_pods_containers", huge_pages_are_set_aside_and_shared_by_a_pods_containers),
+    ("a_pods_counters_are_reported", a_pods_counters_are_reported),
+    ("a_log_that_is_rotated_goes_on_in_a_new_file", a_log_that_is_rotated_goes_on_in_a_new_file),
     ("a_container_out_of_memory_is_said_to_be", a_container_out_of_memory_is_said_to_be),
     ("a_missing_program_fails_a_containers_start", a_missing_program_fails_a_containers_start),
     ("limits_on_what_only_the_host_has_are_passed_over", limits_on_what_only_the_host_has_are_passed_over),
@@ -183,4 +187,55 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_outside() {
             assert_ne!(pod.exec(&container, forbidden).exit_code, 0, "{handler}: {forbidden}");
         }
     }
+}
+
+fn huge_pages_are_set_aside_and_shared_by_a_pods_containers() {
+    const VOLUME: &str = "/tmp/huge-pages";
+    shell(&format!("mkdir -p {VOLUME} && mount -t hugetlbfs none {VOLUME}"));
+    {
+        let mut pod = Pod::start(|_| ());
+        let with_pages = |mib: u64| {
+            move |config: &mut ContainerConfig| {
+                // containerd passes hugepage_limits on only when its configuration says so.
+                let limit = ("hugetlb.2MB.max".to_owned(), (mib << 20).to_string());
+                config.linux.as_mut().unwrap().resources.as_mut().unwrap().unified = HashMap::from([limit]);
+                config.mounts = vec![Mount { container_path: "/huge".into(), host_path: VOLUME.into(), ..Mount::default() }];
+            }
+        };
+        let first = pod.run("first", "sleep 1000", with_pages(16));
+        let total = |pod: &mut Pod, container: &str| pod.output(container, "awk '/HugePages_Total/ {print $2}' /proc/meminfo");
+        assert_eq!(total(&mut pod, &first), "8");
+        pod.output(&first, "fallocate -l 8M /huge/shared");
+        assert_ne!(pod.exec(&first, "fallocate -l 32M /huge/more || { rm /huge/more; false; }").exit_code, 0);
+        let second = pod.run("second", "sleep 1000", with_pages(4));
+        assert_eq!((total(&mut pod, &second), pod.output(&second, "ls /huge")), ("10".into(), "shared".into()));
+        pod.remove(&first);
+        pod.output(&second, "rm -f /huge/*");
+        assert_eq!(shell(&format!("ls {VOLUME}")), "");
+    }
+    shell(&format!("umount {VOLUME} && rmdir {VOLUME}"));
+}
+
+fn a_pods_counters_are_reported() {
+    let mut pod = Pod::start(|config| config.linux.as_mut().unwrap().cgroup_parent = "/counted".into());
+    pod.run("counted", "while :; do :; done", |_| ());
+    let request = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+    let stats = pod.cri.call(|client| client.pod_sandbox_stats(request)).unwrap().stats.unwrap().linux.unwrap();
+    assert!(stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
+    assert!(stats.memory.unwrap().working_set_bytes.unwrap().value > 1 << 20);
+    assert_eq!(stats.containers.len(), 1);
+    let network = stats.network.unwrap().default_interface.unwrap();
+    assert_eq!(network.name, "eth0");
+}
+
+fn a_log_that_is_rotated_goes_on_in_a_new_file() {
+    let mut pod = Pod::start(|_| ());
+    let container = pod.run("rotated", "while :; do echo tick; sleep 0.2; done", |_| ());
+    let log = format!("{}/rotated.log", pod.config.log_directory);
+    let ticks = |path: &str| std::fs::read_to_string(path).unwrap_or_default().lines().count();
+    eventually(|| ticks(&log) > 2, "the first log stays empty");
+    std::fs::rename(&log, format!("{log}.1")).unwrap();
+    let request = ReopenContainerLogRequest { container_id: container };
+    pod.cri.call(|client| client.reopen_container_log(request)).unwrap();
+    eventually(|| ticks(&log) > 2, "the second log stays empty");
 }

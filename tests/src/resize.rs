@@ -1,13 +1,13 @@
 //! Machines that become larger and smaller while they run.
 
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{LinuxContainerResources, UpdateContainerResourcesRequest};
 
 use crate::Test;
 use crate::cri::Pod;
 use crate::ctr::{host_pid, record};
+use crate::host::eventually;
 
 pub const TESTS: &[Test] = &[
     ("a_machine_grows_with_its_containers_limits_and_shrinks_again", a_machine_grows_with_its_containers_limits_and_shrinks_again),
@@ -54,14 +54,6 @@ fn file_of(pod: &Pod, name: &str) -> (u64, u64) {
     (file.size() >> 20, (file.blocks() * 512) >> 20)
 }
 
-fn eventually(mut holds: impl FnMut() -> bool, otherwise: impl Fn() -> String) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(60), "{}", otherwise());
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
-
 fn a_machine_grows_with_its_containers_limits_and_shrinks_again() {
     let mut pod = Pod::start(|_| ());
     let container = pod.run("grows", SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits(100, 1)));
@@ -80,8 +72,8 @@ fn a_machine_grows_with_its_containers_limits_and_shrinks_again() {
 
     update(&mut pod, &container, limits(100, 1));
     assert_eq!(size(&mut pod, &container).0, 1);
-    eventually(|| size(&mut pod, &container).1 == before, || "the guest keeps its memory".into());
-    eventually(|| file_of(&pod, ADDED) == (0, 0), || format!("the host keeps its memory: {:?}", file_of(&pod, ADDED)));
+    eventually(|| size(&mut pod, &container).1 == before, "the guest keeps its memory");
+    eventually(|| file_of(&pod, ADDED) == (0, 0), "the host keeps its memory");
 
     // And once more, as if nothing had been.
     update(&mut pod, &container, limits(400, 2));
@@ -95,7 +87,7 @@ fn a_container_that_comes_later_finds_its_memory() {
     let second = pod.run("second", SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits(300, 1)));
     assert_eq!(size(&mut pod, &second).1, before + 300);
     pod.remove(&second);
-    eventually(|| size(&mut pod, &first).1 == before, || "the guest keeps its memory".into());
+    eventually(|| size(&mut pod, &first).1 == before, "the guest keeps its memory");
 }
 
 fn memory_that_a_container_frees_is_the_hosts_again() {
@@ -104,5 +96,5 @@ fn memory_that_a_container_frees_is_the_hosts_again() {
     pod.output(&container, "dd if=/dev/zero of=/dev/null bs=150M count=1");
     let used = file_of(&pod, MEMORY).1;
     assert!(used > 150, "{used} MiB");
-    eventually(|| file_of(&pod, MEMORY).1 < 100, || format!("the host keeps {} MiB", file_of(&pod, MEMORY).1));
+    eventually(|| file_of(&pod, MEMORY).1 < 100, "the host keeps the memory");
 }
