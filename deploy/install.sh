@@ -31,6 +31,8 @@ usr/libexec/caisson/caisson-fs usr/share/caisson/vmlinux usr/share/caisson/initr
 BEGIN="# Caisson: begin; made and removed by its installer"
 END="# Caisson: end"
 ACCOUNT=/var/run/secrets/kubernetes.io/serviceaccount
+# There while containerd is to be restarted, also when the installer was killed before it came to it.
+DUE=$HOST/var/lib/caisson/restart-due
 
 say() {
 	echo "caisson installer: $*"
@@ -46,20 +48,22 @@ on_host() {
 	if [ "$HOST" = / ]; then "$@"; else nsenter --target 1 --mount --uts --ipc --net --pid -- "$@"; fi
 }
 
-# Writes standard input to a file of the machine, in one step.
-replace() {
-	mkdir -p "$(dirname "$1")"
-	cat >"$1.new"
-	[ -z "${2:-}" ] || chmod "$2" "$1.new"
-	mv -f "$1.new" "$1"
-}
-
 install_files() {
+	changed=
 	for file in $ARTEFACTS; do
 		[ -f "$FILES/$file" ] || fail "$FILES/$file is missing in the installer"
-		cmp -s "$FILES/$file" "$HOST/$file" && continue
+		cmp -s "$FILES/$file" "$HOST/$file" || changed="$changed $file"
+	done
+	# All are written before the first is put in place: a full disk leaves what there was.
+	for file in $changed; do
 		case $file in usr/share/*) mode=644 ;; *) mode=755 ;; esac
-		replace "$HOST/$file" $mode <"$FILES/$file" || fail "$file cannot be written on the node"
+		mkdir -p "$(dirname "$HOST/$file")" && cp "$FILES/$file" "$HOST/$file.new" && chmod $mode "$HOST/$file.new" || {
+			for other in $changed; do rm -f "$HOST/$other.new"; done
+			fail "$file cannot be written on the node"
+		}
+	done
+	for file in $changed; do
+		mv -f "$HOST/$file.new" "$HOST/$file" || fail "$file cannot be put in place on the node"
 		say "installed /$file"
 	done
 }
@@ -89,24 +93,43 @@ our_block() {
 	TOML
 }
 
-# Puts a configuration in place when it differs from the one that is there, and restarts containerd.
-change_config() {
-	target=$HOST/$CONTAINERD_CONFIG
-	if [ -f "$target" ] && printf '%s\n' "$1" | cmp -s - "$target"; then return; fi
-	printf '%s\n' "$1" >"$target.caisson"
-	if ! problem=$(on_host containerd --config "$CONTAINERD_CONFIG.caisson" config dump 2>&1 >/dev/null); then
-		rm -f "$target.caisson"
-		fail "containerd would not take the changed $CONTAINERD_CONFIG, which stays as it was: $problem"
-	fi
-	mv -f "$target.caisson" "$target"
+# Restarts containerd; what is due stays due until it is done.
+restart() {
 	# shellcheck disable=SC2086 # a command with its arguments
 	on_host $RESTART || fail "containerd did not restart"
-	say "changed $CONTAINERD_CONFIG and restarted containerd"
+	rm -f "$DUE"
+	say "restarted containerd"
+}
+
+# Puts a configuration in place, of which containerd must make what `$2` matches, and restarts containerd.
+change_config() {
+	mkdir -p "$(dirname "$HOST/$CONTAINERD_CONFIG")" "$(dirname "$DUE")"
+	# A link stays one.
+	real=$(on_host readlink -f "$CONTAINERD_CONFIG")
+	target=$HOST/$real
+	rm -f "$target.caisson"
+	# Its owner and mode stay.
+	[ ! -f "$target" ] || cp -p "$target" "$target.caisson"
+	printf '%s\n' "$1" >"$target.caisson" || fail "$CONTAINERD_CONFIG.caisson cannot be written"
+	if ! read=$(on_host containerd --config "$real.caisson" config dump 2>&1); then
+		rm -f "$target.caisson"
+		fail "containerd would not take the changed $CONTAINERD_CONFIG, which stays as it was: $read"
+	fi
+	if ! printf '%s\n' "$read" | grep -q "$2"; then
+		rm -f "$target.caisson"
+		fail "containerd would not see the handler in $CONTAINERD_CONFIG, which stays as it was: does a file that it imports set the same plugin?"
+	fi
+	: >"$DUE"
+	mv -f "$target.caisson" "$target"
+	say "changed $CONTAINERD_CONFIG"
 }
 
 add_handler() {
 	config=$(foreign_config)
-	case $config in *runtimes.caisson]*) say "$CONTAINERD_CONFIG has the handler already"; return ;; esac
+	if printf '%s\n' "$config" | grep -q '^[^#]*runtimes\.caisson\]'; then
+		say "$CONTAINERD_CONFIG has the handler already, which the installer did not make"
+		return
+	fi
 	if [ -z "$config" ]; then
 		case $(on_host containerd --version) in *" v1."* | *" 1."*) config="version = 2" ;; *) config="version = 3" ;; esac
 	fi
@@ -115,31 +138,49 @@ add_handler() {
 	2 | 3) ;;
 	*) fail "$CONTAINERD_CONFIG is of version ${version:-1}; bring it to version 2 or 3 (containerd config migrate)" ;;
 	esac
-	mkdir -p "$(dirname "$HOST/$CONTAINERD_CONFIG")"
-	change_config "$config
+	wanted="$config
 $(our_block "$version")"
+	if [ ! -f "$HOST/$CONTAINERD_CONFIG" ] || ! printf '%s\n' "$wanted" | cmp -s - "$HOST/$CONTAINERD_CONFIG"; then
+		change_config "$wanted" 'runtimes\.caisson\]'
+	fi
+	[ ! -f "$DUE" ] || restart
 }
 
-remove_all() {
-	if [ -x "$HOST/usr/bin/caisson" ]; then
-		pods=$(on_host caisson list --json | wc -l)
-		[ "$pods" -eq 0 ] || fail "$pods pods still run with Caisson on this node; delete them first (caisson list)"
-	fi
+remove_handler() {
 	if [ -f "$HOST/$CONTAINERD_CONFIG" ] && grep -q "^$BEGIN\$" "$HOST/$CONTAINERD_CONFIG"; then
 		config=$(foreign_config)
 		case $config in
 		"version = 2" | "version = 3")
 			# Nothing but what the installer had made.
+			mkdir -p "$(dirname "$DUE")" && : >"$DUE"
 			rm -f "$HOST/$CONTAINERD_CONFIG"
-			# shellcheck disable=SC2086
-			on_host $RESTART || fail "containerd did not restart"
 			;;
-		*) change_config "$config" ;;
+		*) change_config "$config" . ;;
 		esac
+	fi
+	[ ! -f "$DUE" ] || restart
+	if grep -q '^[^#]*runtimes\.caisson\]' "$HOST/$CONTAINERD_CONFIG" 2>/dev/null; then
+		say "$CONTAINERD_CONFIG has a handler that the installer did not make, which stays"
+	fi
+}
+
+no_pods() {
+	[ -x "$HOST/usr/bin/caisson" ] || return 0
+	pods=$(on_host caisson list --json) || fail "the pods of this node cannot be listed"
+	[ -z "$pods" ] || fail "$(printf '%s\n' "$pods" | wc -l) pods still run with Caisson on this node; delete them first (caisson list)"
+}
+
+remove_all() {
+	no_pods
+	remove_handler
+	# One that was started meanwhile.
+	no_pods
+	if on_host grep -q ' /run/caisson/' /proc/self/mountinfo; then
+		fail "something is still mounted below /run/caisson, which stays with all of Caisson's files"
 	fi
 	for file in $ARTEFACTS; do rm -f "$HOST/$file"; done
 	rmdir "$HOST/usr/libexec/caisson" "$HOST/usr/share/caisson" 2>/dev/null || say "the folders of Caisson hold other files, which stay"
-	rm -rf "$HOST/run/caisson"
+	rm -rf --one-file-system "$HOST/run/caisson" "$HOST/var/lib/caisson"
 	say "removed; /etc/caisson is yours and stays"
 }
 
@@ -155,14 +196,18 @@ label() {
 install_all() {
 	install_files
 	add_handler
-	if on_host caisson check; then label '"true"'; else
-		label null
-		fail "the node lacks what is named above"
+	if on_host caisson check; then
+		label '"true"'
+		return
 	fi
+	label null
+	# A DaemonSet goes on with its other nodes.
+	[ "$1" = run ] || fail "the node lacks what is named above"
+	say "the node lacks what is named above: it gets no label"
 }
 
 case "$*" in
-install | "run install") install_all ;;
+install | "run install") install_all "$1" ;;
 remove | "run remove") label null && remove_all ;;
 *) fail "expected is install, remove, run install or run remove" ;;
 esac

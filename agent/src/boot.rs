@@ -9,7 +9,7 @@ use caisson_protocol::guest::{POD_FILES_DIR, SHARE_DIR, SHARE_TAG, SHM_DIR};
 use nix::mount::{MsFlags, mount};
 
 use crate::cgroup::enable_controllers;
-use crate::network;
+use crate::{network, share};
 
 const NO_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
@@ -23,6 +23,7 @@ const MOUNTS: &[(&str, &str, &str, MsFlags, &str)] = &[
     ("shm", SHM_DIR, "tmpfs", NO_EXEC, "mode=1777"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", NO_EXEC, "nsdelegate"),
     (SHARE_TAG, SHARE_DIR, "virtiofs", MsFlags::empty(), ""),
+    ("fusectl", share::CONNECTIONS, "fusectl", NO_EXEC, ""),
 ];
 
 /// Microseconds since the guest's kernel started.

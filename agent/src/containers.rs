@@ -10,11 +10,11 @@ use nix::unistd::Pid;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
-use crate::hugepages::{self, HugePages};
+use crate::hugepages::HugePages;
 use crate::init::{bundle_dir, process_file, spec_file};
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
-use crate::{devices, sys};
+use crate::{devices, share, sys};
 
 /// A request that cannot be served; the service maps it to a ttrpc code.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,8 @@ struct Process {
     pid: Option<Pid>,
     exit: Option<watch::Receiver<Option<Exit>>>,
     terminal: Option<File>,
+    /// The mount namespace of a container, which outlives its processes (see `share::settle`).
+    mounts: Option<File>,
 }
 
 impl Process {
@@ -88,7 +90,14 @@ impl Containers {
     }
 
     fn insert(&self, container: &str, exec: &str, stdio: Stdio) -> Result<Shared, Error> {
-        let process = Arc::new(tokio::sync::Mutex::new(Process { stdio, phase: Phase::Registered, pid: None, exit: None, terminal: None }));
+        let process = Arc::new(tokio::sync::Mutex::new(Process {
+            stdio,
+            phase: Phase::Registered,
+            pid: None,
+            exit: None,
+            terminal: None,
+            mounts: None,
+        }));
         let mut processes = self.lock();
         let key = (container.to_owned(), exec.to_owned());
         if processes.contains_key(&key) {
@@ -111,29 +120,32 @@ impl Containers {
     ///
     /// Mounts within its volumes are found first. Returns that process's id.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, Error> {
-        let id = request.id.as_str();
+        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, huge_page_volumes, .. } = request;
+        let (id, stdio) = (id.as_str(), stdio.unwrap_or_default());
         check_id(id)?;
-        let stdio = request.stdio.clone().unwrap_or_default();
         let process = self.insert(id, "", stdio.clone())?;
         let mut process = process.lock().await;
         let (container, huge_pages) = (id.to_owned(), Arc::clone(&self.huge_pages));
-        let CreateContainerRequest { spec, inner_mounts, huge_page_bytes, huge_page_volumes, .. } = request.clone();
         let made = blocking(move || {
             let spec = prepare_bundle(&container, &spec)?;
             inner_mounts.iter().for_each(|path| find_mount(path));
             huge_pages.reserve(&container, huge_page_bytes)?;
-            huge_page_volumes.iter().try_for_each(|name| hugepages::mount_volume(name))?;
+            huge_page_volumes.iter().try_for_each(|name| huge_pages.mount_volume(name))?;
             let cgroup = Cgroup::of(&container);
             cgroup.create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
             devices::restrict(&cgroup, &spec)?;
-            process::make_container(&container, &spec, &stdio)
+            let made = process::make_container(&container, &spec, &stdio)?;
+            // It waits to be started, so it is there.
+            let mounts = File::open(format!("/proc/{}/ns/mnt", made.pid)).ok();
+            Ok((made, mounts))
         })
         .await;
         match made {
-            Ok(Made { pid, starter, terminal }) => {
+            Ok((Made { pid, starter, terminal }, mounts)) => {
                 process.pid = Some(pid);
                 process.exit = Some(self.watch_container(id, pid));
                 process.terminal = terminal;
+                process.mounts = mounts;
                 process.phase = Phase::Created(starter);
                 Ok(pid.as_raw().unsigned_abs())
             }
@@ -141,8 +153,8 @@ impl Containers {
                 self.remove(id, "");
                 // Something of it may exist already.
                 let container = id.to_owned();
-                self.huge_pages.release(id);
-                let _ = blocking(move || clean_up(&container)).await;
+                let huge_pages = Arc::clone(&self.huge_pages);
+                let _ = blocking(move || clean_up(&container, &huge_pages, None)).await;
                 Err(error.into())
             }
         }
@@ -297,16 +309,14 @@ impl Containers {
     /// Forgets an exec, or removes a stopped container.
     pub async fn delete(&self, container: &str, exec: &str) -> Result<(), Error> {
         let process = self.find(container, exec)?;
-        let process = process.lock().await;
+        let mut process = process.lock().await;
         if matches!(process.phase, Phase::Running) && process.exited().is_none() {
             return Err(Error::Precondition(format!("{}: is running", name(container, exec))));
         }
         self.remove(container, exec);
         if exec.is_empty() {
-            let (container, id) = (container.to_owned(), container.to_owned());
-            let outcome = blocking(move || clean_up(&container)).await;
-            self.huge_pages.release(&id);
-            outcome?;
+            let (container, huge_pages, mounts) = (container.to_owned(), Arc::clone(&self.huge_pages), process.mounts.take());
+            blocking(move || clean_up(&container, &huge_pages, mounts)).await?;
         } else {
             let _ = std::fs::remove_file(process_file(container, exec));
         }
@@ -350,10 +360,13 @@ fn find_mount(path: &str) {
 }
 
 /// Removes all that a container left in the guest.
-fn clean_up(id: &str) -> anyhow::Result<()> {
+fn clean_up(id: &str, huge_pages: &HugePages, mounts: Option<File>) -> anyhow::Result<()> {
+    huge_pages.release(id);
     let cgroup = Cgroup::of(id);
     cgroup.kill_all()?;
     cgroup.remove()?;
+    share::settle();
+    drop(mounts);
     match std::fs::remove_dir_all(bundle_dir(id)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove the bundle"),
         _ => Ok(()),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::guest::HUGE_PAGES_DIR;
 use nix::mount::{MsFlags, mount};
 
@@ -37,6 +37,25 @@ impl HugePages {
         Ok(())
     }
 
+    /// Mounts a volume of huge pages that the pod's containers share; it may be there.
+    ///
+    /// # Errors
+    /// When `name` is no plain name, or the mount fails.
+    pub fn mount_volume(&self, name: &str) -> Result<()> {
+        let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric());
+        ensure!(plain, "volume of huge pages {name:?}: it is no plain name");
+        // One at a time: what is there is mounted.
+        let _turn = self.0.lock();
+        let target = Path::new(HUGE_PAGES_DIR).join(name);
+        if target.exists() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&target).context("create a volume of huge pages")?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let mounted = mount(Some("hugetlbfs"), &target, Some("hugetlbfs"), flags, Some("pagesize=2M,mode=0777"));
+        mounted.inspect_err(|_| drop(std::fs::remove_dir(&target))).context("mount a volume of huge pages")
+    }
+
     /// Gives a container's pages back.
     pub fn release(&self, container: &str) {
         let mut reserved = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,20 +74,4 @@ fn total(reserved: &HashMap<String, u64>) -> u64 {
 fn set(pages: u64) -> Result<u64> {
     std::fs::write(COUNT, pages.to_string()).context("set huge pages aside")?;
     std::fs::read_to_string(COUNT)?.trim().parse().context("count the huge pages")
-}
-
-/// Mounts a volume of huge pages that the pod's containers share; it may be there.
-///
-/// # Errors
-/// When `name` is no plain name, or the mount fails.
-pub fn mount_volume(name: &str) -> Result<()> {
-    let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric());
-    anyhow::ensure!(plain, "volume of huge pages {name:?}: it is no plain name");
-    let target = Path::new(HUGE_PAGES_DIR).join(name);
-    if target.exists() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(&target).context("create a volume of huge pages")?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("hugetlbfs"), &target, Some("hugetlbfs"), flags, Some("pagesize=2M,mode=0777")).context("mount a volume of huge pages")
 }

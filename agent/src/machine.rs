@@ -7,8 +7,11 @@ use anyhow::{Context, Result, bail};
 use caisson_protocol::guest::MEMORY_DEVICE;
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
-/// For the kernel to take memory into use, and between looks at how much it has.
+/// For the kernel to take memory into use; for it to give memory back, which it need not manage; for the
+/// device to be there; and between two looks.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
+const SHRINK_TIMEOUT: Duration = Duration::from_secs(3);
+const SHOW_TIMEOUT: Duration = Duration::from_secs(1);
 const MEMORY_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Makes the kernel look at a device again, where it found nothing when it started.
@@ -36,9 +39,8 @@ impl Machine {
         Ok(Self { memory_kib: total_memory_kib()?, has_added: false })
     }
 
-    /// Uses so many CPUs, and waits for so much added memory to be in use.
-    ///
-    /// Memory that is to go does so in time: the kernel first moves what is in it.
+    /// Uses so many CPUs, and waits for so much added memory to be in use. For memory that is to go it
+    /// waits a while: the kernel first moves what is in it, where it can.
     ///
     /// # Errors
     /// The CPU that could not be changed, or how much memory there is after a while.
@@ -52,14 +54,19 @@ impl Machine {
                 std::fs::write(&online, wanted).with_context(|| format!("write {wanted} to {}", online.display()))?;
             }
         }
+        let begin = Instant::now();
         if added_mib > 0 && !self.has_added {
-            look_at(&format!("virtio-mmio.{MEMORY_DEVICE}"))?;
+            // The host shows it in a moment.
+            while let Err(error) = look_at(&format!("virtio-mmio.{MEMORY_DEVICE}")) {
+                anyhow::ensure!(begin.elapsed() < SHOW_TIMEOUT, error);
+                std::thread::sleep(MEMORY_INTERVAL);
+            }
             self.has_added = true;
         }
-        let begin = Instant::now();
+        let wanted = self.memory_kib + (added_mib << 10);
         loop {
             let has = total_memory_kib()?;
-            if has >= self.memory_kib + (added_mib << 10) {
+            if has == wanted || (has > wanted && begin.elapsed() > SHRINK_TIMEOUT) {
                 return Ok(());
             }
             if begin.elapsed() > MEMORY_TIMEOUT {

@@ -16,6 +16,7 @@ mod network;
 mod process;
 mod reaper;
 mod service;
+mod share;
 mod streams;
 mod sys;
 

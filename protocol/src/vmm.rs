@@ -41,7 +41,7 @@ pub enum Request {
     /// a virtio header of [`NIC_HEADER`] bytes, not blocking.
     AttachNic(Nic),
     /// Let the guest have so much added memory; the file for it must be large enough for the next
-    /// multiple of [`ADDED_MIB_STEP`]. Answered by [`Event::MemoryAdded`]s as the guest takes memory or gives it back.
+    /// multiple of [`ADDED_MIB_STEP`]. Answered by [`Event::AddedMemoryEnd`]s as the guest takes memory or gives it back.
     AddMemory {
         /// In MiB, from 0 to [`BootConfig::max_added_mib`].
         mib: u64,
@@ -142,12 +142,11 @@ pub enum Event {
         /// The stream's port.
         port: u32,
     },
-    /// The guest has taken added memory, or given it back.
-    MemoryAdded {
-        /// MiB that it has.
+    /// Where what the guest holds of added memory ends now: it takes nothing behind that and what is
+    /// requested. At most ten times a second.
+    AddedMemoryEnd {
+        /// MiB of the memory file, a multiple of [`ADDED_MIB_STEP`].
         mib: u64,
-        /// MiB of the memory file up to the end of the last of it; it takes none behind that.
-        end_mib: u64,
     },
     /// How many vCPUs there are now, or why there is no further one.
     Vcpus(Result<u32, String>),

@@ -1,7 +1,7 @@
 //! The pod's cgroup on the host: where the memory and CPU of its VMM and file server are counted.
 //!
-//! The path that containerd asks for is used: in the one hierarchy of cgroup v2, or in each of v1
-//! but for CPU sets, whose cgroups take no process before they are filled in.
+//! The path that containerd asks for is used: in the one hierarchy of cgroup v2, or in those of v1 that
+//! count and limit what the processes use.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,8 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const MOUNT: &str = "/sys/fs/cgroup";
-/// Hierarchies of cgroup v1 that the pod's processes stay out of.
-const SKIPPED: &[&str] = &["cpuset", "systemd", "unified"];
+/// Hierarchies of cgroup v1 that the pod's processes join: those that count and limit.
+const COUNTING: &[&str] = &["blkio", "cpu", "cpu,cpuacct", "cpuacct", "memory", "pids"];
 /// How long killed processes may take to leave.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -52,11 +52,9 @@ fn hierarchies() -> Vec<PathBuf> {
     if mount.join("cgroup.controllers").exists() {
         return vec![mount.to_owned()];
     }
-    let entries = std::fs::read_dir(mount).into_iter().flatten().flatten();
-    // A link is the name of one of a pair; without controllers are systemd's own and v2's beside v1.
-    let is_one =
-        |path: &PathBuf| path.join("cgroup.procs").exists() && !path.is_symlink() && !SKIPPED.iter().any(|name| path.ends_with(name));
-    entries.map(|entry| entry.path()).filter(is_one).collect()
+    // A link is the name of one of a pair.
+    let is_one = |path: &PathBuf| path.join("cgroup.procs").exists() && !path.is_symlink();
+    COUNTING.iter().map(|name| mount.join(name)).filter(is_one).collect()
 }
 
 /// The cgroup's folders, one in each hierarchy.
@@ -117,6 +115,10 @@ fn kill_all(dir: &Path) {
         return;
     }
     for pid in std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines().filter_map(|line| line.parse().ok()) {
+        // 0 stands for a process of another namespace, and would mean our own group.
+        if pid == 0 {
+            continue;
+        }
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
 }

@@ -12,7 +12,6 @@ use containerd_shim_protos::types::mount::Mount;
 use crate::errors::{self, Error};
 use crate::mounts::{self, How, ReadOnly};
 use crate::process::Process;
-use crate::size::Limits;
 use crate::spec::{Bind, Spec};
 use crate::store::{Store, remove_empty_tree, unmount_below};
 
@@ -37,14 +36,12 @@ pub struct Container {
     pub paused: AtomicBool,
     /// How many of its processes were killed for want of memory, as far as containerd was told.
     pub oom_kills: AtomicU64,
-    /// What it may use; `None` for a sandbox, which uses nothing.
-    limits: Mutex<Option<Limits>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
 impl Container {
     /// A container with its own process.
-    pub fn new(id: &str, bundle: &str, limits: Option<Limits>, init: Arc<Process>, task: TaskId, guest_pid: u32) -> Self {
+    pub fn new(id: &str, bundle: &str, init: Arc<Process>, task: TaskId, guest_pid: u32) -> Self {
         Self {
             id: id.to_owned(),
             bundle: bundle.to_owned(),
@@ -53,19 +50,8 @@ impl Container {
             guest_pid,
             paused: AtomicBool::new(false),
             oom_kills: AtomicU64::new(0),
-            limits: Mutex::new(limits),
             execs: Mutex::default(),
         }
-    }
-
-    /// What it may use as long as it runs.
-    pub fn limits(&self) -> Option<Limits> {
-        if self.init.exited().is_some() { None } else { *self.limits.lock().unwrap_or_else(PoisonError::into_inner) }
-    }
-
-    /// Changes what it may use.
-    pub fn set_limits(&self, limits: Option<Limits>) {
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {

@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(sandbox.spec.hostname(), "web");
         assert_eq!(sandbox.spec.network_namespace(), Some(Path::new("/run/netns/x")));
         assert_eq!(sandbox.spec.cgroups_path(), Some("/kubepods/pod1/p1"));
-        assert_eq!(sandbox.spec.pod_limits(), Limits { memory: Some(1 << 20), cpus: None, huge_pages: 0 });
+        assert_eq!(sandbox.spec.pod_limits(), Limits::new(Some(1 << 20), None, None));
     }
 
     #[test]

@@ -43,6 +43,9 @@ impl Pod {
             let _started = process.starting.lock().await;
             // The reason is known before the exit is.
             pod.note_oom(&container, exit.oom_kills);
+            if process.exec.is_empty() {
+                pod.leave_room(&container.id);
+            }
             if process.set_exited(exit) {
                 let id = if process.exec.is_empty() { container.id.clone() } else { process.exec.clone() };
                 pod.publish(

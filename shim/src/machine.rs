@@ -17,7 +17,7 @@ use crate::cri::PodFile;
 use crate::errors::{Error, Result};
 use crate::network::{self, Network};
 use crate::sandbox::Sandbox;
-use crate::size::{Limits, Size};
+use crate::size::{Bounds, Size};
 use crate::spec::Spec;
 use crate::store::{self, Store};
 
@@ -43,6 +43,8 @@ pub struct Machine {
     pub config: Config,
     /// The interfaces of the pod's network namespace; none for a pod that has only its own.
     network: OnceCell<Arc<Network>>,
+    /// Held while its size changes and is put on record.
+    resizing: tokio::sync::Mutex<()>,
     /// Whether its failure is on record.
     failed: AtomicBool,
 }
@@ -57,7 +59,7 @@ impl Machine {
         let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
         spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
         let limits = spec.pod_limits();
-        config.size_for(limits.memory, limits.cpus);
+        config.size_for(limits.memory, limits.cpus());
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()
@@ -80,7 +82,15 @@ impl Machine {
             let store = Arc::new(Store::create(&config.run_dir, record)?);
             let sandbox = Sandbox::boot(&config, &store, spec, files, bundle).await?;
             let config = config.clone();
-            let machine = Self { name: name.clone(), sandbox, store, config, network: OnceCell::new(), failed: AtomicBool::new(false) };
+            let machine = Self {
+                name: name.clone(),
+                sandbox,
+                store,
+                config,
+                network: OnceCell::new(),
+                resizing: tokio::sync::Mutex::default(),
+                failed: AtomicBool::new(false),
+            };
             if let Some(path) = spec.network_namespace() {
                 machine.connect(path).await.inspect_err(|_| machine.sandbox.kill("its network could not be set up"))?;
             }
@@ -119,27 +129,14 @@ impl Machine {
         }
     }
 
-    /// Sees that the machine has what containers with these limits need.
+    /// Gives the machine the size that `choose` says, by its bounds and the size that it has.
     ///
     /// # Errors
     /// What could not be had.
-    pub async fn make_room(&self, containers: &[Limits]) -> anyhow::Result<()> {
-        let needed = self.sandbox.growth.bounds().needed(containers);
-        let size = self.sandbox.growth.size().await.or_more(needed);
-        self.resize(size).await
-    }
-
-    /// Gives the machine the size that containers with these limits need.
-    ///
-    /// # Errors
-    /// What could not be had.
-    pub async fn fit(&self, containers: &[Limits]) -> anyhow::Result<()> {
-        self.resize(self.sandbox.growth.bounds().needed(containers)).await
-    }
-
-    async fn resize(&self, size: Size) -> anyhow::Result<()> {
+    pub async fn resize(&self, choose: impl FnOnce(&Bounds, Size) -> Size) -> anyhow::Result<()> {
         let Sandbox { vmm, agent, growth, .. } = self.sandbox.as_ref();
-        growth.resize(vmm, agent, size, Duration::from_millis(self.config.agent_timeout_ms.into())).await?;
+        let _resizing = self.resizing.lock().await;
+        let size = growth.resize(vmm, agent, Duration::from_millis(self.config.agent_timeout_ms.into()), choose).await?;
         self.store.change(|record| (record.vcpus, record.memory_mib) = (size.vcpus, size.memory_mib))
     }
 

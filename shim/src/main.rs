@@ -26,6 +26,7 @@ mod mounts;
 mod network;
 mod pod;
 mod process;
+mod room;
 mod sandbox;
 mod sandboxer;
 mod service;

@@ -50,6 +50,8 @@ pub struct Pod {
     booting: tokio::sync::Mutex<()>,
     machine: Mutex<Option<Arc<Machine>>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// What containers may use that are there or about to be; a sandbox uses nothing.
+    pub(crate) limits: Mutex<HashMap<String, Limits>>,
     /// Ids of containers that are being created.
     reserved: Mutex<HashSet<String>>,
     /// The sandbox, when the shim was asked for it and not for a container that stands for it.
@@ -65,6 +67,7 @@ impl Pod {
             booting: tokio::sync::Mutex::default(),
             machine: Mutex::default(),
             containers: Mutex::default(),
+            limits: Mutex::default(),
             reserved: Mutex::default(),
             sandbox: OnceLock::new(),
         }
@@ -146,18 +149,26 @@ impl Pod {
         let _reservation = self.reserve(request.id)?;
         let (machine, first) = self.machine_for(request.spec, request.bundle).await?;
         let created = self.create_in(&machine, &request, first).await;
-        if created.is_err() && first {
-            // Nothing of a pod that never had a container stays.
-            machine.end("its first container could not be created");
-            lock(&self.machine).take();
-        } else if created.is_err()
-            && let Err(error) = machine.store.change(|record| record.containers.retain(|other| other != request.id))
-        {
-            log::error!("{error:#}");
+        if created.is_err() {
+            self.leave_room(request.id);
+            self.undo_create(&machine, request.id, first).await;
         }
         let pid = created?;
         log::info!("container {} was created in {} ms", request.id, begin.elapsed().as_millis());
         Ok(pid)
+    }
+
+    async fn undo_create(&self, machine: &Machine, id: &str, first: bool) {
+        if first {
+            // Nothing of a pod that never had a container stays.
+            machine.end("its first container could not be created");
+            lock(&self.machine).take();
+            return;
+        }
+        if let Err(error) = machine.store.change(|record| record.containers.retain(|other| other != id)) {
+            log::error!("{error:#}");
+        }
+        self.take_room_back(machine).await;
     }
 
     async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
@@ -168,8 +179,10 @@ impl Pod {
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
         let folder = ShareFolder::make(&machine.store, request.id, request.spec, Path::new(request.bundle), request.rootfs, &binds)?;
         let inner_mounts = folder.inner_mounts(request.id, &binds)?;
-        let limits = (request.spec.kind() != Kind::Sandbox).then(|| request.spec.limits());
-        machine.make_room(&self.limits_with(limits)).await?;
+        let limits = request.spec.limits();
+        if request.spec.kind() != Kind::Sandbox {
+            self.make_room(machine, request.id, limits).await?;
+        }
         let sandbox = &machine.sandbox;
         let opened = stdio::open(&request.paths, request.id, &self.name.namespace, || sandbox.next_port())?;
         let ports = opened.ports.clone();
@@ -179,7 +192,7 @@ impl Pod {
             spec: json,
             stdio: MessageField::some(ports),
             inner_mounts,
-            huge_page_bytes: limits.map_or(0, |limits| limits.huge_pages),
+            huge_page_bytes: limits.huge_pages,
             huge_page_volumes,
             ..CreateContainerRequest::default()
         };
@@ -195,7 +208,7 @@ impl Pod {
             }
         };
         folder.keep();
-        let container = Arc::new(Container::new(request.id, request.bundle, limits, Arc::clone(&process), task, guest_pid));
+        let container = Arc::new(Container::new(request.id, request.bundle, Arc::clone(&process), task, guest_pid));
         self.containers().insert(request.id.to_owned(), Arc::clone(&container));
         let Paths { terminal, stdin, stdout, stderr } = request.paths.clone();
         self.publish(
@@ -349,13 +362,12 @@ impl Pod {
         {
             return Err(error);
         }
+        self.leave_room(id);
         remove_share_folder(&machine.store.share().join(id))?;
         self.containers().remove(id);
         machine.store.change(|record| record.containers.retain(|other| other != id))?;
-        if !self.containers().is_empty()
-            && let Err(error) = machine.fit(&self.limits_with(None)).await
-        {
-            log::warn!("pod {}: {error:#}", self.id());
+        if !self.containers().is_empty() {
+            self.take_room_back(machine).await;
         }
         Ok(())
     }
@@ -403,30 +415,6 @@ impl Pod {
     pub async fn stats(&self, id: &str) -> Result<caisson_protocol::agent::StatsResponse> {
         self.container(id)?;
         self.machine()?.sandbox.agent.stats(id).await
-    }
-
-    /// New limits for a container, and room for them in the machine.
-    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<()> {
-        let container = self.container(id)?;
-        let machine = self.machine()?;
-        let named: serde_json::Value =
-            serde_json::from_slice(&resources).map_err(|error| Error::Invalid(format!("container {id}: its resources: {error}")))?;
-        let before = container.limits();
-        container.set_limits(before.map(|limits| limits.updated(&named)));
-        let updated = async {
-            machine.make_room(&self.limits_with(None)).await?;
-            machine.sandbox.agent.update(id, resources).await
-        };
-        if let Err(error) = updated.await {
-            container.set_limits(before);
-            return Err(error);
-        }
-        Ok(machine.fit(&self.limits_with(None)).await?)
-    }
-
-    /// What the pod's containers may use, with one that is about to be among them.
-    fn limits_with(&self, new: Option<Limits>) -> Vec<Limits> {
-        self.containers().values().filter_map(|container| container.limits()).chain(new).collect()
     }
 
     /// Kills all containers, within a time, and the machine.
@@ -489,7 +477,8 @@ impl Drop for Reservation<'_> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What a mutex guards, also when a thread that held it has panicked.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -77,7 +77,7 @@ impl Sandbox {
         };
         started.keep();
         let growing = Arc::clone(&sandbox);
-        tokio::spawn(async move { growing.growth.follow(growing.vmm.added()).await });
+        tokio::spawn(async move { growing.growth.follow(&growing.vmm).await });
         tokio::spawn(watch_health(Arc::clone(&sandbox), Duration::from_millis(config.health_interval_ms.into())));
         Ok(sandbox)
     }
@@ -146,7 +146,7 @@ impl Boot<'_> {
     async fn run(&self, started: &mut Started) -> Result<Arc<Sandbox>> {
         let Self { config, store, .. } = *self;
         check_descriptor_limit()?;
-        let bounds = Bounds::new(config)?;
+        let bounds = Bounds::new(config, self.spec.pod_limits())?;
         let files = open_files(config, &bounds, self.bundle)?;
         prepare_share(&store.share())?;
         let uid = store.reserve_uid(config.uid_base, config.uid_count)?;

@@ -14,7 +14,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use serde_json::Value;
 
 use crate::agent::Agent;
-use crate::vmm::{Added, Vmm};
+use crate::vmm::Vmm;
 
 /// `cpu.period` when a quota comes without one, in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
@@ -23,18 +23,22 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const HUGE_PAGE: &str = "2MB";
 const HUGE_PAGES_MAX: &str = "hugetlb.2MB.max";
 const MOST_HUGE_PAGES: u64 = 1 << 40;
-/// From this much memory on Linux may give blocks of memory another size than [`ADDED_MIB_STEP`].
-const LARGE_MIB: u64 = 64 << 10;
-/// The guest takes memory in blocks of this many MiB: the largest that its kernel keeps free lists of.
+/// From this much memory on Linux may give blocks of memory another size than [`ADDED_MIB_STEP`]: where
+/// memory ends behind 64 GiB, with the devices' 768 MiB in between.
+const LARGE_MIB: u64 = (64 << 10) - 768;
+/// The kernel keeps memory for each CPU that may come: at most so many times those that it starts with.
+const VCPU_FACTOR: u32 = 8;
+/// What is added is a multiple of this many MiB: no kernel takes memory in larger blocks.
 const BLOCK_MIB: u64 = 4;
 
 /// What a container may use; `None` where it has no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes.
     pub memory: Option<u64>,
-    /// Thousandths of a CPU.
-    pub cpus: Option<u64>,
+    /// Microseconds of a CPU in each period, and the period.
+    quota: Option<u64>,
+    period: u64,
     /// Bytes in huge pages of 2 MiB, which are no part of `memory`; 0 for none.
     pub huge_pages: u64,
 }
@@ -42,9 +46,7 @@ pub struct Limits {
 impl Limits {
     /// Of a memory limit in bytes, and a quota and period in microseconds; what is not positive limits nothing.
     pub fn new(memory: Option<i64>, quota: Option<i64>, period: Option<i64>) -> Self {
-        let positive = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0);
-        let cpus = positive(quota).map(|quota| quota.saturating_mul(1000) / positive(period).unwrap_or(DEFAULT_PERIOD));
-        Self { memory: positive(memory), cpus, huge_pages: 0 }
+        Self { memory: positive(memory), quota: positive(quota), period: positive(period).unwrap_or(DEFAULT_PERIOD), huge_pages: 0 }
     }
 
     /// Of an OCI `linux.resources` object.
@@ -58,18 +60,27 @@ impl Limits {
         Self { huge_pages: huge_pages.unwrap_or(0), ..limits }
     }
 
-    /// These with what such an object says anew.
+    /// These with what such an object says anew; huge pages are set aside when a container is made.
     pub fn updated(self, resources: &Value) -> Self {
-        let new = Self::of(resources);
         // Zero means that nothing is said.
-        let says = |value: &Value| value.as_i64().is_some_and(|value| value != 0);
+        let said = |value: &Value| value.as_i64().filter(|value| *value != 0);
+        let cpu = &resources["cpu"];
         Self {
-            memory: if says(&resources["memory"]["limit"]) { new.memory } else { self.memory },
-            cpus: if says(&resources["cpu"]["quota"]) { new.cpus } else { self.cpus },
-            // Set aside when the container is made, for as long as it is there.
+            memory: said(&resources["memory"]["limit"]).map_or(self.memory, |limit| positive(Some(limit))),
+            quota: said(&cpu["quota"]).map_or(self.quota, |quota| positive(Some(quota))),
+            period: positive(said(&cpu["period"])).unwrap_or(self.period),
             huge_pages: self.huge_pages,
         }
     }
+
+    /// Thousandths of a CPU.
+    pub fn cpus(&self) -> Option<u64> {
+        self.quota.map(|quota| quota.saturating_mul(1000) / self.period)
+    }
+}
+
+fn positive(value: Option<i64>) -> Option<u64> {
+    value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0)
 }
 
 /// A machine's size.
@@ -96,21 +107,23 @@ pub struct Bounds {
     /// What the configuration and the host allow.
     pub most: Size,
     overhead_mib: u64,
+    /// Whether it starts with what its pod's containers may use in all.
+    fitted: bool,
 }
 
 impl Bounds {
-    /// Of a machine with this configuration on this host.
+    /// Of a machine with this configuration on this host, for a pod with these limits.
     ///
     /// # Errors
     /// When the host does not say what it has.
-    pub fn new(config: &Config) -> Result<Self> {
+    pub fn new(config: &Config, pod: Limits) -> Result<Self> {
         let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN).context("count the host's CPUs")?.unwrap_or(1);
         let memory = nix::sys::sysinfo::sysinfo().context("ask for the host's memory")?.ram_total() >> 20;
         let host = Size { vcpus: u32::try_from(cpus).unwrap_or(u32::MAX), memory_mib: memory };
-        Ok(Self::within(config, host))
+        Ok(Self::within(config, pod, host))
     }
 
-    fn within(config: &Config, host: Size) -> Self {
+    fn within(config: &Config, pod: Limits, host: Size) -> Self {
         let least = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         let room = match least.memory_mib {
             // Larger machines have larger blocks of memory, which they may reach as a whole only.
@@ -118,10 +131,10 @@ impl Bounds {
             memory_mib => config.max_memory_mib.min(host.memory_mib).saturating_sub(memory_mib),
         };
         let most = Size {
-            vcpus: config.max_vcpus.min(host.vcpus).max(least.vcpus),
+            vcpus: config.max_vcpus.min(host.vcpus).min(least.vcpus * VCPU_FACTOR).max(least.vcpus),
             memory_mib: least.memory_mib + room / ADDED_MIB_STEP * ADDED_MIB_STEP,
         };
-        Self { least, most, overhead_mib: config.overhead_mib }
+        Self { least, most, overhead_mib: config.overhead_mib, fitted: pod.memory.is_some() }
     }
 
     /// The most MiB that may be added.
@@ -129,16 +142,16 @@ impl Bounds {
         self.most.memory_mib - self.least.memory_mib
     }
 
-    /// What containers with these limits need. One without a limit of memory counts on what the
-    /// machine starts with; CPUs are shared.
+    /// What containers with these limits need. In a pod without limits those that have none count on what
+    /// the machine starts with; otherwise they share what there is, as they share CPUs.
     pub fn needed(&self, containers: &[Limits]) -> Size {
         let (mut bytes, mut cpus, mut unlimited) = (0u64, 0u64, false);
         for limits in containers {
             bytes = bytes.saturating_add(limits.memory.unwrap_or(0)).saturating_add(limits.huge_pages);
-            cpus = cpus.saturating_add(limits.cpus.unwrap_or(0));
+            cpus = cpus.saturating_add(limits.cpus().unwrap_or(0));
             unlimited |= limits.memory.is_none();
         }
-        let base = if unlimited { self.least.memory_mib } else { self.overhead_mib };
+        let base = if unlimited && !self.fitted { self.least.memory_mib } else { self.overhead_mib };
         let memory_mib = bytes.div_ceil(1 << 20).saturating_add(base).clamp(self.least.memory_mib, self.most.memory_mib);
         let added = (memory_mib - self.least.memory_mib).next_multiple_of(BLOCK_MIB);
         let vcpus = u32::try_from(cpus.div_ceil(1000)).unwrap_or(u32::MAX);
@@ -164,31 +177,25 @@ impl Growth {
         Ok(Self { bounds, file, now: tokio::sync::Mutex::new(bounds.least) })
     }
 
-    /// Between which sizes it can change.
-    pub const fn bounds(&self) -> &Bounds {
-        &self.bounds
-    }
-
-    /// The size that it has now.
-    pub async fn size(&self) -> Size {
-        *self.now.lock().await
-    }
-
-    /// Gives the machine another size, and waits until the guest has what is more of it.
+    /// Gives the machine the size that `choose` says when its turn has come, and waits until the guest
+    /// has what is more of it.
     ///
     /// # Errors
     /// What could not be had; the size is what it was, or in between.
-    pub async fn resize(&self, vmm: &Vmm, agent: &Agent, size: Size, timeout: Duration) -> Result<()> {
+    pub async fn resize(&self, vmm: &Vmm, agent: &Agent, timeout: Duration, choose: impl FnOnce(&Bounds, Size) -> Size) -> Result<Size> {
         let mut now = self.now.lock().await;
+        let size = choose(&self.bounds, *now);
         if *now == size {
-            return Ok(());
+            return Ok(size);
         }
         let added_mib = size.memory_mib - self.bounds.least.memory_mib;
         if size.memory_mib > now.memory_mib {
-            self.set_len(added_mib.max(vmm.added().borrow().end_mib))?;
+            self.set_len(added_mib.max(*vmm.added().borrow()))?;
         }
         if size.memory_mib != now.memory_mib {
             vmm.add_memory(added_mib).await?;
+            // Whatever else fails, the guest may take it from now on.
+            now.memory_mib = size.memory_mib;
         }
         if size.vcpus > now.vcpus {
             tokio::time::timeout(timeout, vmm.add_vcpus(size.vcpus)).await.context("make vCPUs: the monitor does not answer")??;
@@ -196,14 +203,19 @@ impl Growth {
         agent.resize_machine(size.vcpus, added_mib).await?;
         log::info!("the machine has {} vCPUs and {} MiB of memory", size.vcpus, size.memory_mib);
         *now = size;
-        Ok(())
+        Ok(size)
     }
 
-    /// Cuts the file whenever the guest has given back the end of it.
-    pub async fn follow(&self, mut added: tokio::sync::watch::Receiver<Added>) {
-        while added.changed().await.is_ok() {
+    /// Cuts the file whenever the guest has given back the end of it, until the machine ends.
+    pub async fn follow(&self, vmm: &Vmm) {
+        let (mut added, mut ended) = (vmm.added(), vmm.ended());
+        loop {
+            tokio::select! {
+                changed = added.changed() => if changed.is_err() { return },
+                _ = ended.wait_for(Option::is_some) => return,
+            }
             let now = self.now.lock().await;
-            let end = added.borrow_and_update().end_mib.max(now.memory_mib - self.bounds.least.memory_mib);
+            let end = (*added.borrow_and_update()).max(now.memory_mib - self.bounds.least.memory_mib);
             if let Err(error) = self.set_len(end) {
                 log::error!("{error:#}");
             }
@@ -223,48 +235,58 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    const MIB: u64 = 1 << 20;
+    const MIB: i64 = 1 << 20;
+    const HOST: Size = Size { vcpus: 4, memory_mib: 2000 };
+    const NONE: Limits = Limits { memory: None, quota: None, period: DEFAULT_PERIOD, huge_pages: 0 };
 
-    fn bounds() -> Bounds {
+    fn bounds(pod: Limits) -> Bounds {
         let config = Config { memory_mib: 256, vcpus: 1, overhead_mib: 96, max_memory_mib: 65_536, max_vcpus: 32, ..Config::default() };
-        Bounds::within(&config, Size { vcpus: 4, memory_mib: 2000 })
+        Bounds::within(&config, pod, HOST)
     }
 
-    fn limits(memory: u64, cpus: u64) -> Limits {
-        Limits { memory: Some(memory * MIB), cpus: Some(cpus), huge_pages: 0 }
+    /// MiB of memory, and thousandths of a CPU.
+    fn limits(memory: i64, cpus: i64) -> Limits {
+        Limits::new(Some(memory * MIB), Some(cpus * 100), None)
     }
 
     #[test]
     fn a_machine_grows_to_what_the_host_has() {
-        assert_eq!(bounds().most, Size { vcpus: 4, memory_mib: 256 + 13 * 128 });
-        let larger = Config { memory_mib: 4096, vcpus: 8, ..Config::default() };
-        let bounds = Bounds::within(&larger, Size { vcpus: 4, memory_mib: 2000 });
-        assert_eq!((bounds.most, bounds.max_added_mib()), (bounds.least, 0));
+        assert_eq!(bounds(NONE).most, Size { vcpus: 4, memory_mib: 256 + 13 * 128 });
+        let large = Size { vcpus: 64, memory_mib: 1 << 20 };
+        let of = |config: Config| Bounds::within(&config, NONE, large).most;
+        assert_eq!(of(Config { vcpus: 2, ..Config::default() }).vcpus, 16);
+        assert_eq!(of(Config { memory_mib: 64 << 10, ..Config::default() }).memory_mib, 64 << 10);
+        let larger = Bounds::within(&Config { memory_mib: 4096, vcpus: 8, ..Config::default() }, NONE, HOST);
+        assert_eq!((larger.most, larger.max_added_mib()), (larger.least, 0));
     }
 
     #[test]
     fn it_needs_the_sum_of_its_containers_limits() {
-        let needed = |containers: &[Limits]| {
-            let Size { vcpus, memory_mib } = bounds().needed(containers);
+        let needed = |pod: Limits, containers: &[Limits]| {
+            let Size { vcpus, memory_mib } = bounds(pod).needed(containers);
             (vcpus, memory_mib)
         };
-        assert_eq!(needed(&[]), (1, 256));
-        assert_eq!(needed(&[Limits::default()]), (1, 256));
-        assert_eq!(needed(&[limits(100, 500)]), (1, 256));
-        assert_eq!(needed(&[limits(300, 1500), limits(100, 600)]), (3, 496));
-        assert_eq!(needed(&[limits(301, 100), Limits::default()]), (1, 560));
-        assert_eq!(needed(&[limits(1 << 30, u64::MAX)]), (4, 256 + 13 * 128));
-        assert_eq!(needed(&[Limits { huge_pages: 64 << 20, ..limits(160, 100) }]), (1, 320));
+        assert_eq!(needed(NONE, &[]), (1, 256));
+        assert_eq!(needed(NONE, &[NONE]), (1, 256));
+        assert_eq!(needed(NONE, &[limits(100, 500)]), (1, 256));
+        assert_eq!(needed(NONE, &[limits(300, 1500), limits(100, 600)]), (3, 496));
+        assert_eq!(needed(NONE, &[limits(301, 100), NONE]), (1, 560));
+        assert_eq!(needed(NONE, &[limits(1 << 30, 1 << 40)]), (4, 256 + 13 * 128));
+        assert_eq!(needed(NONE, &[Limits { huge_pages: 64 << 20, ..limits(160, 100) }]), (1, 320));
+        // A container that comes to a pod of limits without one, as to debug it, makes nothing larger.
+        assert_eq!(needed(limits(160, 1000), &[limits(160, 1000), NONE]), (1, 256));
     }
 
     #[test]
     fn an_update_changes_what_it_names() {
         let first = Limits::of(&json!({"memory": {"limit": 1024}, "cpu": {"quota": 150_000, "period": 100_000}}));
-        assert_eq!(first, Limits { memory: Some(1024), cpus: Some(1500), huge_pages: 0 });
-        assert_eq!(first.updated(&json!({"cpu": {"quota": 50_000}})), Limits { memory: Some(1024), cpus: Some(500), huge_pages: 0 });
-        assert_eq!(first.updated(&json!({"memory": {"limit": -1}})), Limits { memory: None, cpus: Some(1500), huge_pages: 0 });
+        assert_eq!((first.memory, first.cpus()), (Some(1024), Some(1500)));
+        let updated = |resources: Value| (first.updated(&resources).memory, first.updated(&resources).cpus());
+        assert_eq!(updated(json!({"cpu": {"quota": 50_000}})), (Some(1024), Some(500)));
+        assert_eq!(updated(json!({"cpu": {"period": 50_000}})), (Some(1024), Some(3000)));
+        assert_eq!(updated(json!({"memory": {"limit": -1}})), (None, Some(1500)));
+        assert_eq!(updated(json!({"memory": {"limit": 0}, "cpu": {"shares": 2}})), (Some(1024), Some(1500)));
         let huge = json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}, {"pageSize": "1GB", "limit": 1 << 30}]});
         assert_eq!(Limits::of(&huge).huge_pages, 4096);
-        assert_eq!(first.updated(&json!({"memory": {"limit": 0}, "cpu": {"shares": 2}})), first);
     }
 }

@@ -467,11 +467,11 @@ mod tests {
             json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-memory": memory,
                 "io.kubernetes.cri.sandbox-cpu-quota": "150000", "io.kubernetes.cri.sandbox-cpu-period": "100000"}})
         };
-        assert_eq!(spec(kube("1048576")).pod_limits(), Limits { memory: Some(1 << 20), cpus: Some(1500), huge_pages: 0 });
-        assert_eq!(spec(kube("0")).pod_limits(), Limits { memory: None, cpus: Some(1500), huge_pages: 0 });
+        assert_eq!(spec(kube("1048576")).pod_limits(), Limits::new(Some(1 << 20), Some(150_000), None));
+        assert_eq!(spec(kube("0")).pod_limits(), Limits::new(None, Some(150_000), None));
         let single = json!({"linux": {"resources": {"memory": {"limit": 2097152}, "cpu": {"quota": -1, "period": 100000}}}});
-        assert_eq!(spec(single).pod_limits(), Limits { memory: Some(2 << 20), cpus: None, huge_pages: 0 });
-        assert_eq!(spec(json!({})).pod_limits(), Limits::default());
+        assert_eq!(spec(single).pod_limits(), Limits::new(Some(2 << 20), None, None));
+        assert_eq!(spec(json!({})).pod_limits(), Limits::new(None, None, None));
     }
 
     #[test]

@@ -125,20 +125,14 @@ pub enum StreamState {
 /// Why a pod's machine ended; `None` while it runs.
 pub type Ended = watch::Receiver<Option<String>>;
 
-/// Memory that the guest has taken of what was added, in MiB.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Added {
-    /// How much of the file it may still hold, counted from the file's beginning.
-    pub end_mib: u64,
-}
-
-/// How many vCPUs there are besides those that the machine started with, or why there is no further one.
+/// How many vCPUs there are, 0 until the first was made after the start, or why there is no further one.
 type VcpuCount = Result<u32, String>;
 
 /// The virtual machine monitor.
 pub struct Vmm {
     process: Jailed,
-    added: watch::Sender<Added>,
+    /// MiB of the file of added memory that the guest may hold.
+    added: watch::Sender<u64>,
     vcpus: watch::Sender<VcpuCount>,
     streams: Mutex<HashMap<u32, watch::Sender<StreamState>>>,
     running: watch::Sender<bool>,
@@ -196,8 +190,8 @@ impl Vmm {
                         stream.send_replace(StreamState::Closed);
                     }
                 }
-                Ok(Some((Event::MemoryAdded { end_mib, .. }, _))) => {
-                    self.added.send_replace(Added { end_mib });
+                Ok(Some((Event::AddedMemoryEnd { mib }, _))) => {
+                    self.added.send_replace(mib);
                 }
                 Ok(Some((Event::Vcpus(count), _))) => {
                     self.vcpus.send_modify(|now| *now = count);
@@ -271,8 +265,8 @@ impl Vmm {
         self.process.send(&Request::AddMemory { mib }, &[]).await.context("add memory")
     }
 
-    /// Follows what the guest has of it.
-    pub fn added(&self) -> watch::Receiver<Added> {
+    /// Follows how many MiB of its file the guest may hold, counted from the file's beginning.
+    pub fn added(&self) -> watch::Receiver<u64> {
         self.added.subscribe()
     }
 

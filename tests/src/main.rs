@@ -4,6 +4,7 @@
 //! what was seen. Tests that disturb the whole node (they restart containerd, or count what is on
 //! the host) run alone, after the others.
 
+mod bench;
 mod cri;
 mod ctr;
 mod deploy;
@@ -46,6 +47,10 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
 }
 
 fn main() {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("bench") {
+        return bench::run(words.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(5));
+    }
     let mut arguments = Arguments::from_args();
     // One at a time: what a test sees on the node is its own.
     arguments.test_threads = Some(1);

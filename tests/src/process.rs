@@ -139,7 +139,7 @@ fn kill_all_reaches_every_process() {
 }
 
 fn pause_stops_and_resume_continues() {
-    let pod = Pod::start("pause", &[], "while :; do date +%s%N > /now; sleep 0.05; done");
+    let pod = Pod::start("pause", &[], "while :; do date +%s%N > /next; mv /next /now; sleep 0.05; done");
     let now = || pod.exec(&[], &["cat", "/now"]).stdout;
     let start = std::time::Instant::now();
     while now().is_empty() {

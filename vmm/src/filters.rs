@@ -29,8 +29,8 @@ const RUNTIME: &[Allow] = &[
     Call(libc::SYS_write),
 ];
 
-/// Requests of the shim.
-const CONTROL: &[Allow] = &[Call(libc::SYS_recvmsg)];
+/// Requests of the shim; `KVM_SET_USER_MEMORY_REGION` for one of them.
+const CONTROL: &[Allow] = &[Call(libc::SYS_recvmsg), CallWith(libc::SYS_ioctl, 1, &[0x4020_ae46])];
 
 /// `KVM_RUN`, and the vhost-user conversation of a device's activation.
 const VCPU: &[Allow] =

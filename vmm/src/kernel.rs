@@ -70,12 +70,13 @@ pub struct Entry {
 
 /// The guest kernel's command line. Of its CPUs it starts `config.vcpus`; the agent may have it start the others.
 pub fn command_line(layout: Layout, slots: &[DeviceSlot], config: &BootConfig) -> String {
-    // reboot=t: a triple fault, which ends the VM; panic=-1: at once. rcu_expedited: making
+    // reboot=t: a triple fault, which ends the VM; panic=-1: at once; oops=panic: a kernel that goes on
+    // after an oops hangs sooner or later, and then nobody knows why. rcu_expedited: making
     // namespaces and cgroups waits for grace periods, which are short on a small machine. numdummies:
     // a pod has the interfaces that it was given. auto-movable: of memory that is added later most can
     // be given back, and the kernel itself has some of it.
     let mut line = String::from(
-        "reboot=t panic=-1 rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check dummy.numdummies=0",
+        "reboot=t panic=-1 oops=panic rdinit=/init nomodule cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 tsc=reliable no_timer_check dummy.numdummies=0",
     );
     line.push_str(&format!(" maxcpus={}", config.vcpus));
     if layout.added > 0 {

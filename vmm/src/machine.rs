@@ -7,12 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{ADDED_MIB_STEP, BootConfig, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestMemory as _, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
 use crate::devices::io_thread::{Command, Commands, IoThread};
 use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
@@ -71,8 +71,11 @@ pub struct Running {
     added: Arc<mem::Shared>,
     /// Takes how many vCPUs there are to be.
     wanted_vcpus: Sender<u32>,
+    memory: GuestMemory,
+    /// The slot and the address of the room for added memory, until KVM knows of it.
+    room: Option<(u32, GuestAddress)>,
     // Closing the VM's descriptor would disconnect every interrupt, whoever else holds the VM.
-    _vm: Arc<VmFd>,
+    vm: Arc<VmFd>,
 }
 
 impl Running {
@@ -80,17 +83,25 @@ impl Running {
     ///
     /// # Errors
     /// When there is no room for so much.
-    pub fn add_memory(&self, mib: u64) -> Result<()> {
+    pub fn add_memory(&mut self, mib: u64) -> Result<()> {
+        // KVM describes the room for it page by page: not before it is wanted.
+        if let Some((slot, region)) = self.room.take() {
+            give_memory(&self.vm, &self.memory, slot, region)?;
+        }
         ensure!(self.added.request(mib << 20), "{mib} MiB of added memory: there is no room for so much");
         Ok(self.commands.send(Command::MemoryRequested)?)
     }
 
-    /// Makes vCPUs until there are so many; the shim hears of each.
+    /// Makes vCPUs until there are so many; the shim hears of each, or why there is none.
     ///
     /// # Errors
-    /// When there may be no more of them.
-    pub fn add_vcpus(&self, count: u32) -> Result<()> {
-        self.wanted_vcpus.send(count).map_err(|_| anyhow!("{count} vCPUs: the machine has as many as it may have"))
+    /// When the shim is gone.
+    pub fn add_vcpus(&self, control: &Control, count: u32) -> Result<()> {
+        if self.wanted_vcpus.send(count).is_err() {
+            let reason = "there is no thread for another one".to_owned();
+            control.send(&Event::Vcpus(Err(reason)), &[], true)?;
+        }
+        Ok(())
     }
 }
 
@@ -124,7 +135,7 @@ impl Machine {
         ensure!(kvm.get_api_version() == KVM_API_VERSION, "/dev/kvm speaks version {} instead of {KVM_API_VERSION}", kvm.get_api_version());
         let layout = Layout::new(config.memory_mib, config.max_added_mib);
         let memory = memory::map(files.memory, files.added, layout)?;
-        let vm = Arc::new(create_vm(&kvm, &memory)?);
+        let vm = Arc::new(create_vm(&kvm, &memory, layout)?);
 
         let added = mem::Shared::new(layout.added_start(), layout.added);
         let (io, commands) = IoThread::new(Arc::clone(&added)).context("create the device thread")?;
@@ -171,8 +182,10 @@ impl Machine {
     pub fn start(self) -> Result<Running> {
         let Self { around, first_vcpus, vcpus, io, commands, nics, added, vm } = self;
         io.spawn(Arc::clone(&around.control)).context("start the device thread")?;
+        let (memory, layout) = (around.memory.clone(), around.layout);
+        let room = (layout.added > 0).then(|| (memory.num_regions() as u32 - 1, GuestAddress(layout.added_start())));
         let wanted_vcpus = vcpus.start(first_vcpus, around)?;
-        Ok(Running { commands, nics, added, wanted_vcpus, _vm: vm })
+        Ok(Running { commands, nics, added, wanted_vcpus, memory, room, vm })
     }
 }
 
@@ -201,24 +214,30 @@ pub fn stop(control: &Control, reason: Stopped) -> ! {
 }
 
 /// Creates the VM with its interrupt controllers, timer and memory.
-fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
+fn create_vm(kvm: &Kvm, memory: &GuestMemory, layout: Layout) -> Result<VmFd> {
     let vm = kvm.create_vm().context("create a KVM virtual machine")?;
     vm.set_tss_address(TSS_ADDRESS).context("set the TSS address")?;
     vm.create_irq_chip().context("create the interrupt controllers")?;
     vm.create_pit2(kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).context("create the timer")?;
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let host = memory.get_host_address(region.start_addr()).context("find guest memory")?;
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: host as u64,
-        };
-        // SAFETY: the mapping is that of `memory`, which Machine and its threads keep to the process's end.
-        unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")?;
+    let first = memory.iter().map(GuestMemoryRegion::start_addr).filter(|start| layout.added == 0 || start.0 != layout.added_start());
+    for (slot, start) in (0u32..).zip(first) {
+        give_memory(&vm, memory, slot, start)?;
     }
     Ok(vm)
+}
+
+/// Gives KVM the region of guest memory that starts at an address.
+fn give_memory(vm: &VmFd, memory: &GuestMemory, slot: u32, start: GuestAddress) -> Result<()> {
+    let region = memory.find_region(start).context("find guest memory")?;
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: start.0,
+        memory_size: region.len(),
+        userspace_addr: memory.get_host_address(start).context("find guest memory")? as u64,
+    };
+    // SAFETY: the mapping is that of `memory`, which Machine and its threads keep to the process's end.
+    unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")
 }
 
 /// Lets KVM deliver a device's notifications and interrupts by eventfd.

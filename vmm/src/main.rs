@@ -68,10 +68,10 @@ fn run(control: &Arc<Control>) -> Result<()> {
     };
     let files = boot_files(&config, fds)?;
     let machine = Machine::build(&config, files, Arc::clone(control))?;
-    let running = machine.start()?;
+    let mut running = machine.start()?;
     control.send(&Event::Running, &[], true).context("report that the vCPUs run")?;
     filters::control()?;
-    serve(control, &running)
+    serve(control, &mut running)
 }
 
 /// Has every thread allocate from the process's one heap: the C library opens a file before it
@@ -113,8 +113,7 @@ fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
 }
 
 /// Hands requests to the thread that owns the streams, until the shim is gone.
-fn serve(control: &Control, running: &Running) -> Result<()> {
-    let Running { commands, nics, .. } = running;
+fn serve(control: &Control, running: &mut Running) -> Result<()> {
     while let Some((request, fds)) = control.receive(true).context("receive a request")? {
         match request {
             Request::Boot(_) => bail!("the shim asked twice to boot"),
@@ -126,16 +125,16 @@ fn serve(control: &Control, running: &Running) -> Result<()> {
                     fds.len(),
                     offer.ends.fd_count()
                 );
-                commands.send(Command::Offer(offer, fds))?;
+                running.commands.send(Command::Offer(offer, fds))?;
             }
-            Request::CloseSource { port } => commands.send(Command::CloseSource(port))?,
-            Request::Withdraw { port } => commands.send(Command::Withdraw(port))?,
+            Request::CloseSource { port } => running.commands.send(Command::CloseSource(port))?,
+            Request::Withdraw { port } => running.commands.send(Command::Withdraw(port))?,
             Request::AttachNic(nic) => {
                 let tap = fds.into_iter().next().context("a network interface came without its tap")?;
-                nics.attach(nic, File::from(tap), commands)?;
+                running.nics.attach(nic, File::from(tap), &running.commands)?;
             }
             Request::AddMemory { mib } => running.add_memory(mib)?,
-            Request::AddVcpus { vcpus } => running.add_vcpus(vcpus)?,
+            Request::AddVcpus { vcpus } => running.add_vcpus(control, vcpus)?,
         }
     }
     Ok(())

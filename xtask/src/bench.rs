@@ -8,18 +8,34 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::build;
 use crate::node::{self, NodeArgs};
+use crate::{build, test};
 
 /// Prints `NAME VALUE` lines; see [`UNITS`].
 const SCRIPT: &str = include_str!("node/bench.sh");
 
 /// Unit of each figure, by the first word of its name.
-const UNITS: &[(&str, &str)] = &[("start", "ms"), ("run", "ms"), ("phase", "ms"), ("memory", "KiB"), ("size", "KiB")];
+const UNITS: &[(&str, &str)] = &[
+    ("start", "ms"),
+    ("run", "ms"),
+    ("phase", "ms"),
+    ("cri-pod", "ms"),
+    ("cri-second", "ms"),
+    ("cri-exec", "ms"),
+    ("cri-execs", "ms"),
+    ("cri-stats", "ms"),
+    ("memory", "KiB"),
+    ("size", "KiB"),
+];
 /// Ratios: name, ours, the peer's.
 const RATIOS: &[(&str, &str, &str)] = &[
     ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),
     ("ctr run true / runc", "run.caisson", "run.runc"),
+    ("CRI: pod with one container to Running / runc", "cri-pod.caisson", "cri-pod.runc"),
+    ("CRI: second container of a pod to Running / runc", "cri-second.caisson", "cri-second.runc"),
+    ("CRI: exec of true / runc", "cri-exec.caisson", "cri-exec.runc"),
+    ("CRI: a hundred execs, one after another / runc", "cri-execs.caisson", "cri-execs.runc"),
+    ("CRI: statistics of fifty containers / runc", "cri-stats.caisson", "cri-stats.runc"),
 ];
 
 /// What `cargo xtask bench` was asked for.
@@ -41,6 +57,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     let share = tempfile::tempdir()?;
     let script = share.path().join("bench.sh");
     std::fs::write(&script, SCRIPT)?;
+    test::build_node_tests(share.path())?;
     let command = ["bash", "/share/bench.sh", &args.runs.to_string()].map(str::to_owned).to_vec();
     let mut node_args = NodeArgs::usual(share.path(), command);
     node_args.counted = args.counted;

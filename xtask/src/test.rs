@@ -1,6 +1,7 @@
 //! `cargo xtask test`: unit and property tests here, node tests in a node, one closing line.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -58,14 +59,19 @@ fn count(text: &str, word: &str) -> u64 {
     text.split(word).next().and_then(|before| before.rsplit([' ', '.']).next()).and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
-/// The node tests' program, run in a node.
-fn node_tests(filter: Option<&str>) -> Result<Tally> {
+/// Builds the node tests' program and puts it into a folder that a node will share.
+pub fn build_node_tests(share: &Path) -> Result<()> {
     let sh = Shell::new()?;
     sh.change_dir(build::source_dir()?);
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     progress::step("building the node tests", || Ok(cmd!(sh, "{cargo} build --quiet --package caisson-tests").quiet().run()?))?;
+    Ok(sh.copy_file("target/debug/node-tests", share.join("node-tests"))?)
+}
+
+/// The node tests' program, run in a node.
+fn node_tests(filter: Option<&str>) -> Result<Tally> {
     let share = tempfile::tempdir()?;
-    sh.copy_file("target/debug/node-tests", share.path().join("node-tests"))?;
+    build_node_tests(share.path())?;
     let mut tally = Tally::default();
     let mut done: Vec<String> = Vec::new();
     for attempt in 1.. {

@@ -1,7 +1,7 @@
 //! The balloon (virtio 1.2, 5.5), for one thing: the guest reports which of its memory is free
 //! (5.5.6.7), and the host has it back until the guest touches it again.
 //!
-//! It is never asked to inflate; what a hostile driver puts into those queues is given back unread.
+//! It is never asked to inflate: what a hostile driver puts into those queues stays there unread.
 
 use std::io;
 use std::sync::Arc;

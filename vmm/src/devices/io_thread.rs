@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{Event, NICS, Offer, Stopped};
@@ -25,6 +26,8 @@ use crate::filters;
 use crate::machine::stop;
 use crate::memory::GuestMemory;
 
+/// Between two reports of how far added memory is in use.
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// Events taken from epoll at a time.
 const BATCH: usize = 64;
 /// Tokens of what is not a stream; streams count from [`FIRST_TOKEN`].
@@ -121,6 +124,9 @@ pub struct IoThread {
     nets: [NetPlace; NICS as usize],
     added: Arc<mem::Shared>,
     mem: Option<MemServer>,
+    /// Where added memory ended when the shim was last told, and when that was.
+    reported: u64,
+    reported_at: Instant,
     balloon: Option<BalloonServer>,
 }
 
@@ -144,6 +150,8 @@ impl IoThread {
             nets: Default::default(),
             added,
             mem: None,
+            reported: 0,
+            reported_at: Instant::now(),
             balloon: None,
         };
         Ok((thread, Commands { sender, wake }))
@@ -166,7 +174,8 @@ impl IoThread {
     fn run(&mut self, control: &Control) -> io::Result<()> {
         let mut events = [EpollEvent::default(); BATCH];
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
+            let timeout = self.report_added(control)?;
+            let count = match self.epoll.wait(timeout, &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
@@ -182,7 +191,7 @@ impl IoThread {
                         }
                     }
                     token @ NET_RX..NET_END => self.serve_net((token - NET_RX) / NET_TOKENS, (token - NET_RX) % NET_TOKENS)?,
-                    MEM_QUEUE => self.serve_mem(control)?,
+                    MEM_QUEUE => self.mem.iter_mut().for_each(MemServer::serve),
                     BALLOON_REPORTS => self.balloon.iter_mut().for_each(BalloonServer::serve),
                     token => self.muxer.ready(token),
                 }
@@ -285,13 +294,21 @@ impl IoThread {
         Ok(())
     }
 
-    fn serve_mem(&mut self, control: &Control) -> io::Result<()> {
-        let Some(server) = &mut self.mem else { return Ok(()) };
-        if server.serve() {
-            let (plugged, end) = server.plugged();
-            control.send(&Event::MemoryAdded { mib: plugged >> 20, end_mib: end >> 20 }, &[], true)?;
+    /// Tells the shim how far added memory is in use, not too often; how many milliseconds to wait
+    /// before there is more to tell, or -1.
+    fn report_added(&mut self, control: &Control) -> io::Result<i32> {
+        let Some(mem) = &self.mem else { return Ok(-1) };
+        let end = mem.end();
+        if end == self.reported {
+            return Ok(-1);
         }
-        Ok(())
+        let wait = REPORT_INTERVAL.saturating_sub(self.reported_at.elapsed());
+        if !wait.is_zero() {
+            return Ok(wait.as_millis() as i32 + 1);
+        }
+        (self.reported, self.reported_at) = (end, Instant::now());
+        control.send(&Event::AddedMemoryEnd { mib: end >> 20 }, &[], true)?;
+        Ok(-1)
     }
 
     fn serve_rng(&mut self) {

@@ -59,8 +59,10 @@ struct Sizes {
     usable: u64,
     plugged: u64,
     requested: u64,
-    /// Goes up with each change: 0 as long as the device is hidden.
+    /// Goes up with each change.
     generation: u32,
+    /// Whether memory was ever wanted.
+    shown: bool,
 }
 
 impl Shared {
@@ -81,7 +83,8 @@ impl Shared {
         }
         sizes.requested = bytes;
         sizes.usable = sizes.usable.max(bytes.next_multiple_of(STEP));
-        sizes.generation += 1;
+        sizes.generation = sizes.generation.wrapping_add(1);
+        sizes.shown = true;
         true
     }
 }
@@ -101,7 +104,7 @@ impl Mem {
 
 impl VirtioDevice for Mem {
     fn id(&self) -> u32 {
-        if self.config_generation() > 0 { DEVICE_ID } else { 0 }
+        if self.shared.sizes().shown { DEVICE_ID } else { 0 }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -160,21 +163,17 @@ impl MemServer {
         self.interrupt.config();
     }
 
-    /// Bytes that are plugged, and where the last of them ends in the region.
-    pub fn plugged(&self) -> (u64, u64) {
-        (self.shared.sizes().plugged, self.end())
-    }
-
-    fn end(&self) -> u64 {
+    /// Where what is plugged ends in the region, in bytes: a multiple of [`STEP`].
+    pub fn end(&self) -> u64 {
         let last = self.blocks.iter().rposition(|word| *word != 0);
-        last.map_or(0, |word| (word as u64 * 64 + u64::from(64 - self.blocks[word].leading_zeros())) * BLOCK)
+        let end = last.map_or(0, |word| (word as u64 * 64 + u64::from(64 - self.blocks[word].leading_zeros())) * BLOCK);
+        end.next_multiple_of(STEP)
     }
 
-    /// Serves every request that is available; true when blocks have changed hands.
-    pub fn serve(&mut self) -> bool {
+    /// Serves every request that is available.
+    pub fn serve(&mut self) {
         self.queue.clear_kick();
         let memory = self.memory.clone();
-        let before = self.plugged();
         let mut used = false;
         loop {
             while let Some(chain) = self.queue.next(&memory) {
@@ -190,7 +189,6 @@ impl MemServer {
         if used {
             self.queue.signal(&memory, &self.interrupt);
         }
-        self.plugged() != before
     }
 
     fn answer(&mut self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
@@ -267,9 +265,13 @@ impl MemServer {
     fn account(&self) {
         let plugged: u64 = self.blocks.iter().map(|word| u64::from(word.count_ones())).sum();
         let mut sizes = self.shared.sizes();
+        let before = sizes.usable;
         sizes.plugged = plugged * BLOCK;
-        sizes.usable = sizes.requested.max(self.end()).next_multiple_of(STEP);
-        sizes.generation += 1;
+        sizes.usable = sizes.requested.next_multiple_of(STEP).max(self.end());
+        sizes.generation = sizes.generation.wrapping_add(1);
+        if sizes.usable != before {
+            self.interrupt.config();
+        }
     }
 }
 
@@ -314,7 +316,7 @@ mod tests {
         assert_eq!(device.execute(&request(PLUG, start, 1)).0, ERROR, "plugged already");
         assert_eq!(device.execute(&request(PLUG, start + STEP, 1)).0, ERROR, "out of reach");
         assert_eq!(device.execute(&request(STATE, start, 4)), (ACK, STATE_MIXED));
-        assert_eq!(device.plugged(), (3 * BLOCK, 3 * BLOCK));
+        assert_eq!((device.shared.sizes().plugged, device.end()), (3 * BLOCK, STEP));
         assert!(device.shared.request(2 * BLOCK));
         assert_eq!(device.execute(&request(PLUG, start + 3 * BLOCK, 1)).0, NACK, "less is wanted by now");
         assert!(!device.shared.request((BLOCKS + 1) * BLOCK), "more than there is room for");
@@ -333,7 +335,8 @@ mod tests {
         assert_eq!(device.execute(&request(UNPLUG, last.0, 1)).0, ERROR, "not plugged");
         assert!(device.shared.request(0));
         assert_eq!(device.execute(&request(UNPLUG_ALL, 0, 0)).0, ACK);
-        assert_eq!((device.plugged(), device.shared.sizes().usable), ((0, 0), 0));
+        let sizes = *device.shared.sizes();
+        assert_eq!((sizes.plugged, device.end(), sizes.usable), (0, 0, 0));
     }
 
     proptest! {
@@ -346,8 +349,8 @@ mod tests {
             for (kind, block, count, odd) in requests {
                 let address = start.wrapping_add(block.wrapping_sub(1).wrapping_mul(BLOCK)) + u64::from(odd);
                 device.execute(&request(kind, address, count % 200));
-                let (plugged, end) = device.plugged();
-                prop_assert!(plugged <= requested * BLOCK && end <= (requested * BLOCK).next_multiple_of(STEP));
+                prop_assert!(device.shared.sizes().plugged <= requested * BLOCK);
+                prop_assert!(device.end() <= (requested * BLOCK).next_multiple_of(STEP));
             }
         }
     }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A node without a virtual machine: `host.sh TREE NODE SHARE`, as root. The node's user land (TREE) runs
-# on this machine's kernel, in namespaces and a cgroup of its own; nothing of it stays. NODE holds what
-# is to be installed (root) and the command.
+# on this machine's kernel, in namespaces of its own and, with cgroup v2, a cgroup of its own. Kernel
+# modules that it needs stay loaded. NODE holds what is to be installed (root) and the command.
 tree=$1 node=$2 share=$3 stage=$4
 group=/sys/fs/cgroup/caisson-node-$PPID
 
