@@ -128,6 +128,7 @@ add_handler() {
 	config=$(foreign_config)
 	if printf '%s\n' "$config" | grep -q '^[^#]*runtimes\.caisson\]'; then
 		say "$CONTAINERD_CONFIG has the handler already, which the installer did not make"
+		[ ! -f "$DUE" ] || restart
 		return
 	fi
 	if [ -z "$config" ]; then
@@ -178,7 +179,7 @@ remove_all() {
 	if on_host grep -q ' /run/caisson/' /proc/self/mountinfo; then
 		fail "something is still mounted below /run/caisson, which stays with all of Caisson's files"
 	fi
-	for file in $ARTEFACTS; do rm -f "$HOST/$file"; done
+	for file in $ARTEFACTS; do rm -f "$HOST/$file" "$HOST/$file.new"; done
 	rmdir "$HOST/usr/libexec/caisson" "$HOST/usr/share/caisson" 2>/dev/null || say "the folders of Caisson hold other files, which stay"
 	rm -rf --one-file-system "$HOST/run/caisson" "$HOST/var/lib/caisson"
 	say "removed; /etc/caisson is yours and stays"

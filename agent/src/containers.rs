@@ -136,7 +136,7 @@ impl Containers {
             devices::restrict(&cgroup, &spec)?;
             let made = process::make_container(&container, &spec, &stdio)?;
             // It waits to be started, so it is there.
-            let mounts = File::open(format!("/proc/{}/ns/mnt", made.pid)).ok();
+            let mounts = File::open(format!("/proc/{}/ns/mnt", made.pid)).context("open the container's mount namespace")?;
             Ok((made, mounts))
         })
         .await;
@@ -145,7 +145,7 @@ impl Containers {
                 process.pid = Some(pid);
                 process.exit = Some(self.watch_container(id, pid));
                 process.terminal = terminal;
-                process.mounts = mounts;
+                process.mounts = Some(mounts);
                 process.phase = Phase::Created(starter);
                 Ok(pid.as_raw().unsigned_abs())
             }
