@@ -3,6 +3,7 @@
 use crate::Test;
 use crate::cri;
 use crate::ctr::{self, Output, run, shell};
+use crate::faults;
 
 pub const TESTS: &[Test] = &[
     ("containerds_take_the_deployed_configuration", containerds_take_the_deployed_configuration),
@@ -90,13 +91,28 @@ fn the_installer_leaves_what_it_does_not_understand() {
     shell(&format!("rm {config} /tmp/install.sh"));
 }
 
+const CONFIG: &str = "/etc/containerd/config.toml";
+const RESTART: &str = "/usr/lib/node/containerd.sh";
+
+/// The node as it was, which comes back however a test ends.
+struct Whole {
+    config: String,
+}
+
+impl Drop for Whole {
+    fn drop(&mut self) {
+        std::fs::write(CONFIG, &self.config).unwrap();
+        let restored = run("sh", &["-c", &format!("rm -rf /tmp/bare /tmp/install.sh; cp -a {FILES}/. / && {RESTART}")]);
+        assert!(restored.code == 0 || std::thread::panicking(), "{restored:?}");
+    }
+}
+
 fn an_upgrade_leaves_running_pods_alone_and_a_removal_waits_for_them() {
-    const CONFIG: &str = "/etc/containerd/config.toml";
-    const RESTART: &str = "/usr/lib/node/containerd.sh";
-    let original = std::fs::read_to_string(CONFIG).unwrap();
+    let whole = Whole { config: std::fs::read_to_string(CONFIG).unwrap() };
     // What the node has of Caisson in its configuration is at the end.
-    let end = original.find("    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.caisson]").unwrap();
-    std::fs::write(CONFIG, &original[..end]).unwrap();
+    let end = whole.config.find("    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.caisson]").unwrap();
+    std::fs::write(CONFIG, &whole.config[..end]).unwrap();
+    let settings = faults::Config::set("[vm]\nmemory_mib = 192\n");
     // An older release, which the pod runs with.
     shell("echo old >> /usr/libexec/caisson/caisson-vmm");
     let pod = ctr::Pod::start("upgraded", &[], "sleep 1000");
@@ -110,8 +126,11 @@ fn an_upgrade_leaves_running_pods_alone_and_a_removal_waits_for_them() {
     drop(pod);
     let output = installer("2", CONFIG, RESTART, "remove");
     assert_eq!(output.code, 0, "{output:?}");
-    assert_eq!(std::fs::read_to_string(CONFIG).unwrap(), original[..end]);
-    assert_eq!(shell("find / -xdev -name '*caisson*' -not -path '/proc/*' -not -path '/caisson*' -not -path '/tmp/*' | head"), "");
+    assert_eq!(std::fs::read_to_string(CONFIG).unwrap(), whole.config[..end]);
+    // Nothing is left but the administrator's own settings.
+    let left = "find / -xdev -name '*caisson*' -not -path '/proc/*' -not -path '/caisson*' -not -path '/tmp/*' -print -prune | head";
+    assert_eq!(shell(left), "/etc/caisson");
+    drop(settings);
 
     // A machine that had no configuration has none again.
     shell(&format!("mkdir /tmp/bare; cp -a {FILES}/. /"));
@@ -119,7 +138,5 @@ fn an_upgrade_leaves_running_pods_alone_and_a_removal_waits_for_them() {
         let output = installer("2", "/tmp/bare/config.toml", "true", word);
         assert_eq!(output.code, 0, "{output:?}");
     }
-    shell("rmdir /tmp/bare; rm /tmp/install.sh");
-    std::fs::write(CONFIG, original).unwrap();
-    shell(&format!("cp -a {FILES}/. / && {RESTART}"));
+    shell("rmdir /tmp/bare");
 }

@@ -57,6 +57,7 @@ impl Config {
 impl Drop for Config {
     fn drop(&mut self) {
         let _ = std::fs::remove_file("/etc/caisson/config.toml");
+        let _ = std::fs::remove_dir("/etc/caisson");
     }
 }
 
