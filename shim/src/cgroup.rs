@@ -1,13 +1,14 @@
 //! The pod's cgroup on the host: where the memory and CPU of its VMM and file server are counted.
 //!
 //! The path that containerd asks for is used: in the one hierarchy of cgroup v2, or in those of v1 that
-//! count and limit what the processes use.
+//! count and limit what the processes use. A path in systemd's form is a scope that systemd makes, where it runs.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -17,18 +18,112 @@ const COUNTING: &[&str] = &["blkio", "cpu", "cpu,cpuacct", "cpuacct", "memory", 
 /// How long killed processes may take to leave.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The cgroup v2 path that an OCI `cgroupsPath` means, below the mount.
-///
-/// Both forms are known: a path, and systemd's `slice:prefix:name`.
-pub fn path(cgroups_path: &str) -> Option<String> {
-    let clean = |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_) | std::path::Component::RootDir));
-    let parts: Vec<&str> = cgroups_path.split(':').collect();
-    let path = match parts.as_slice() {
-        [path] => PathBuf::from("/").join(path),
-        [slice, prefix, name] => slice_path(slice).join(format!("{prefix}-{name}.scope")),
-        _ => return None,
-    };
-    (clean(&path) && path.parent().is_some()).then(|| path.to_string_lossy().into_owned())
+/// Where systemd tells that it runs (sd_booted(3)).
+const SYSTEMD: &str = "/run/systemd/system";
+/// How long systemd may take to make a scope.
+const SCOPE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Where a pod's processes are to be.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Below the mount of a hierarchy.
+    pub path: String,
+    scope: Option<Scope>,
+}
+
+/// A scope unit (systemd.scope(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct Scope {
+    slice: String,
+    name: String,
+}
+
+impl Place {
+    /// What an OCI `cgroupsPath` means: a path, or systemd's `slice:prefix:name`. `None` for what means no cgroup.
+    pub fn parse(cgroups_path: &str) -> Option<Self> {
+        let clean =
+            |path: &Path| path.components().all(|part| matches!(part, std::path::Component::Normal(_) | std::path::Component::RootDir));
+        let parts: Vec<&str> = cgroups_path.split(':').collect();
+        let (path, scope) = match parts.as_slice() {
+            [path] => (PathBuf::from("/").join(path), None),
+            [slice, prefix, name] if !cgroups_path.contains('/') => {
+                // As runc has it.
+                let slice = if slice.is_empty() { "system.slice" } else { slice };
+                let name = if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
+                (slice_path(slice).join(&name), Some(Scope { slice: slice.to_owned(), name }))
+            }
+            _ => return None,
+        };
+        (clean(&path) && path.parent().is_some()).then(|| Self { path: path.to_string_lossy().into_owned(), scope })
+    }
+
+    /// Makes the cgroup, which may exist, and moves processes into it.
+    ///
+    /// # Errors
+    /// When the host does not allow it.
+    pub async fn join(&self, pids: &[u32]) -> Result<()> {
+        match &self.scope {
+            Some(scope) if Path::new(SYSTEMD).exists() => {
+                scope.start(pids).await?;
+                // In the hierarchies that systemd leaves alone, as well.
+                self.join_directly(pids)
+            }
+            _ => self.join_directly(pids),
+        }
+    }
+
+    fn join_directly(&self, pids: &[u32]) -> Result<()> {
+        for dir in dirs(&self.path) {
+            std::fs::create_dir_all(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
+            for pid in pids {
+                std::fs::write(dir.join("cgroup.procs"), pid.to_string())
+                    .with_context(|| format!("move process {pid} into cgroup {}", dir.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Scope {
+    /// Has systemd make the scope with the processes in it (org.freedesktop.systemd1(5), `StartTransientUnit`).
+    /// It goes by itself with the last of them.
+    async fn start(&self, pids: &[u32]) -> Result<()> {
+        let manager = "org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager";
+        let properties = [
+            &["Description", "s", "Caisson pod"][..],
+            &["Slice", "s", &self.slice],
+            &["Delegate", "b", "true"],
+            &["CollectMode", "s", "inactive-or-failed"],
+            &["DefaultDependencies", "b", "false"],
+        ];
+        let mut command = tokio::process::Command::new("busctl");
+        command.args(["--system", "--quiet", "call"]).args(manager.split(' ')).args(["StartTransientUnit", "ssa(sv)a(sa(sv))"]);
+        command.args([&self.name, "fail"]).arg((properties.len() + 1).to_string()).args(properties.concat());
+        command.args(["PIDs", "au"]).arg(pids.len().to_string()).args(pids.iter().map(u32::to_string));
+        // No units besides.
+        let call = command.arg("0").stdin(Stdio::null()).kill_on_drop(true).output();
+        let output = tokio::time::timeout(SCOPE_TIMEOUT, call)
+            .await
+            .with_context(|| format!("start scope {}: systemd did not answer within {} s", self.name, SCOPE_TIMEOUT.as_secs()))?
+            .with_context(|| format!("start scope {}: run busctl", self.name))?;
+        let says = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "start scope {}: systemd says {:?}", self.name, says.trim());
+        self.wait_for(pids).await
+    }
+
+    /// systemd answers when it has the job, and moves the processes when it does it.
+    async fn wait_for(&self, pids: &[u32]) -> Result<()> {
+        let end = format!("/{}", self.name);
+        let in_scope = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.lines().any(|line| line.ends_with(&end)))
+        };
+        let start = Instant::now();
+        while !pids.iter().all(in_scope) {
+            ensure!(start.elapsed() < SCOPE_TIMEOUT, "start scope {}: not there within {} s", self.name, SCOPE_TIMEOUT.as_secs());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
 }
 
 /// `a-b.slice` lies in `a.slice` (systemd.slice(5)).
@@ -60,25 +155,6 @@ fn hierarchies() -> Vec<PathBuf> {
 /// The cgroup's folders, one in each hierarchy.
 fn dirs(path: &str) -> Vec<PathBuf> {
     hierarchies().into_iter().map(|root| root.join(path.trim_start_matches('/'))).collect()
-}
-
-/// Makes the cgroup; it may exist.
-///
-/// # Errors
-/// When the host does not allow it.
-pub fn create(path: &str) -> Result<()> {
-    dirs(path).iter().try_for_each(|dir| std::fs::create_dir_all(dir).with_context(|| format!("create cgroup {}", dir.display())))
-}
-
-/// Moves a process into the cgroup.
-///
-/// # Errors
-/// When the host does not allow it.
-pub fn add(path: &str, pid: u32) -> Result<()> {
-    dirs(path).iter().try_for_each(|dir| {
-        std::fs::write(dir.join("cgroup.procs"), pid.to_string())
-            .with_context(|| format!("move process {pid} into cgroup {}", dir.display()))
-    })
 }
 
 /// Kills what is in the cgroup and removes it, and the folder of containerd's namespace above it
@@ -129,17 +205,20 @@ mod tests {
 
     #[test]
     fn both_forms_of_path_are_understood() {
-        assert_eq!(path("/default/web").unwrap(), "/default/web");
-        assert_eq!(path("system.slice:caisson:web").unwrap(), "/system.slice/caisson-web.scope");
+        let path = |text| Place::parse(text).unwrap().path;
+        assert_eq!(path("/default/web"), "/default/web");
+        assert_eq!(path("system.slice:caisson:web"), "/system.slice/caisson-web.scope");
+        assert_eq!(path("::web"), "/system.slice/web.scope");
         assert_eq!(
-            path("kubepods-besteffort-pod1.slice:cri-containerd:ab").unwrap(),
+            path("kubepods-besteffort-pod1.slice:cri-containerd:ab"),
             "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-ab.scope"
         );
     }
 
     #[test]
     fn a_path_that_leaves_the_tree_is_refused() {
-        assert_eq!(path("/default/../../x"), None);
-        assert_eq!(path("/"), None);
+        assert_eq!(Place::parse("/default/../../x"), None);
+        assert_eq!(Place::parse("/"), None);
+        assert_eq!(Place::parse("a.slice:b:../c"), None);
     }
 }

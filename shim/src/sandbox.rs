@@ -25,11 +25,12 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
+use crate::cgroup::Place;
 use crate::cri::PodFile;
 use crate::size::{Bounds, Growth};
+use crate::spec;
 use crate::store::Store;
 use crate::vmm::{Ended, Jailed, StreamState, Vmm, start_fs};
-use crate::{cgroup, spec};
 
 /// Open files that the pod's processes may have: streams take up to two each.
 const DESCRIPTOR_LIMIT: u64 = 8192;
@@ -170,7 +171,7 @@ impl Boot<'_> {
         .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
         store.add_process("fs", fs.pid)?;
-        join_cgroup(store, self.spec, &[vmm.pid(), fs.pid])?;
+        join_cgroup(store, self.spec, &[vmm.pid(), fs.pid]).await?;
         for pid in [vmm.pid(), fs.pid] {
             // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
             std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").with_context(|| format!("set the OOM score of process {pid}"))?;
@@ -323,11 +324,10 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
 }
 
 /// Puts the pod's processes into the cgroup that containerd asks for.
-fn join_cgroup(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
-    let Some(path) = spec.cgroups_path().and_then(cgroup::path) else { return Ok(()) };
-    store.change(|record| record.cgroup = Some(path.clone()))?;
-    cgroup::create(&path)?;
-    pids.iter().try_for_each(|pid| cgroup::add(&path, *pid))
+async fn join_cgroup(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
+    let Some(place) = spec.cgroups_path().and_then(Place::parse) else { return Ok(()) };
+    store.change(|record| record.cgroup = Some(place.path.clone()))?;
+    place.join(pids).await
 }
 
 /// Kills a machine whose agent does not answer any more.

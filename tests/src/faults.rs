@@ -143,13 +143,13 @@ fn output_and_exit_survive_a_containerd_restart() {
 }
 
 /// Replaces a file for as long as it lives.
-struct Replaced {
+pub struct Replaced {
     path: &'static str,
     kept: Vec<u8>,
 }
 
 impl Replaced {
-    fn with(path: &'static str, bytes: Option<&[u8]>) -> Self {
+    pub fn with(path: &'static str, bytes: Option<&[u8]>) -> Self {
         let kept = std::fs::read(path).unwrap();
         match bytes {
             Some(bytes) => std::fs::write(path, bytes).unwrap(),

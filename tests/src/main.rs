@@ -18,6 +18,7 @@ mod pods;
 mod process;
 mod resize;
 mod sequences;
+mod streaming;
 mod volumes;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -54,9 +55,19 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // One at a time: what a test sees on the node is its own.
     arguments.test_threads = Some(1);
-    let shared =
-        [process::TESTS, io::TESTS, network::TESTS, cri::TESTS, pods::TESTS, resize::TESTS, volumes::TESTS, deploy::TESTS, faults::TESTS]
-            .concat();
+    let shared = [
+        process::TESTS,
+        io::TESTS,
+        network::TESTS,
+        cri::TESTS,
+        pods::TESTS,
+        streaming::TESTS,
+        resize::TESTS,
+        volumes::TESTS,
+        deploy::TESTS,
+        faults::TESTS,
+    ]
+    .concat();
     let together = libtest_mimic::run(&arguments, trials(&shared));
     // The first pod of a host makes the folders that all share: what is compared comes after it.
     ctr::run_pod(&[], &["true"]);

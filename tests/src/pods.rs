@@ -11,7 +11,8 @@ use k8s_cri::v1::{
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP, security};
-use crate::ctr::{id, run, shell};
+use crate::ctr::{self, id, run, shell};
+use crate::faults::Replaced;
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
@@ -26,6 +27,7 @@ pub const TESTS: &[Test] = &[
 pub const ALONE: &[Test] = &[
     ("the_shim_makes_a_pods_sandbox_for_containerd_2", the_shim_makes_a_pods_sandbox_for_containerd_2),
     ("root_of_a_pod_with_users_of_its_own_is_nobody_outside", root_of_a_pod_with_users_of_its_own_is_nobody_outside),
+    ("systemd_makes_the_scope_that_its_driver_asks_for", systemd_makes_the_scope_that_its_driver_asks_for),
 ];
 
 fn a_container_out_of_memory_is_said_to_be() {
@@ -238,4 +240,41 @@ fn a_log_that_is_rotated_goes_on_in_a_new_file() {
     let request = ReopenContainerLogRequest { container_id: container };
     pod.cri.call(|client| client.reopen_container_log(request)).unwrap();
     eventually(|| ticks(&log) > 2, "the second log stays empty");
+}
+
+/// Does what systemd does with the call that makes a scope, and what it was asked is kept. The node has no systemd.
+const BUSCTL: &str = r#"#!/bin/bash
+echo "$*" >/tmp/busctl.said
+[ ! -e /tmp/busctl.refuses ] || { echo "Call failed: Unit is masked." >&2; exit 1; }
+mkdir -p /sys/fs/cgroup/tenant.slice/tenant-a.slice/$9
+pids=${*#*PIDs au [0-9]* }
+( sleep 0.3; for pid in ${pids% 0}; do echo $pid >/sys/fs/cgroup/tenant.slice/tenant-a.slice/$9/cgroup.procs; done ) >/dev/null 2>&1 &
+"#;
+
+fn systemd_makes_the_scope_that_its_driver_asks_for() {
+    let before = Inventory::take();
+    shell("touch -a /usr/bin/busctl; chmod 755 /usr/bin/busctl; mkdir -p /run/systemd/system");
+    let systemd = Replaced::with("/usr/bin/busctl", Some(BUSCTL.as_bytes()));
+    {
+        let pod = ctr::Pod::start("scoped", &["--cgroup", "tenant-a.slice:cri-containerd:one"], "sleep 1000");
+        let (vmm, fs) = (pod.host_pid("vmm"), pod.host_pid("fs"));
+        let properties =
+            "Description s Caisson pod Slice s tenant-a.slice Delegate b true CollectMode s inactive-or-failed DefaultDependencies b false";
+        assert_eq!(
+            std::fs::read_to_string("/tmp/busctl.said").unwrap(),
+            format!(
+                "--system --quiet call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager \
+                 StartTransientUnit ssa(sv)a(sa(sv)) cri-containerd-one.scope fail 6 {properties} PIDs au 2 {vmm} {fs} 0\n"
+            )
+        );
+        for pid in [vmm, fs] {
+            assert_eq!(shell(&format!("cat /proc/{pid}/cgroup")), "0::/tenant.slice/tenant-a.slice/cri-containerd-one.scope");
+        }
+    }
+    shell("touch /tmp/busctl.refuses");
+    let refused = ctr::run_pod(&["--cgroup", "tenant-a.slice:cri-containerd:two"], &["true"]);
+    assert!(refused.stderr.contains("start scope cri-containerd-two.scope: systemd says \"Call failed: Unit is masked.\""), "{refused:?}");
+    drop(systemd);
+    shell("rm /tmp/busctl.*; rmdir /run/systemd/system /sys/fs/cgroup/tenant.slice/tenant-a.slice /sys/fs/cgroup/tenant.slice");
+    assert_nothing_left(&before);
 }

@@ -82,22 +82,13 @@ impl BalloonServer {
     pub fn serve(&mut self) {
         self.reports.clear_kick();
         let memory = self.memory.clone();
-        let mut used = false;
-        loop {
-            while let Some(chain) = self.reports.next(&memory) {
-                let head = chain.head_index();
-                for descriptor in chain.writable() {
-                    memory::discard(&memory, GuestAddress(descriptor.addr().raw_value()), u64::from(descriptor.len()));
-                }
-                self.reports.give_back(&memory, head, 0);
-                used = true;
+        while let Some(chain) = self.reports.next(&memory) {
+            let head = chain.head_index();
+            for descriptor in chain.writable() {
+                memory::discard(&memory, GuestAddress(descriptor.addr().raw_value()), u64::from(descriptor.len()));
             }
-            if !self.reports.rearm(&memory) {
-                break;
-            }
+            self.reports.give_back(&memory, head, 0);
         }
-        if used {
-            self.reports.signal(&memory, &self.interrupt);
-        }
+        self.reports.signal(&memory, &self.interrupt);
     }
 }

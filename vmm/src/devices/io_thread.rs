@@ -18,13 +18,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::balloon::BalloonServer;
 use super::mem::MemServer;
 use super::net::NetServer;
-use super::queue::ActiveQueue;
+use super::rng::RngServer;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
-use super::{Activation, Interrupt, mem, net, rng};
+use super::{Activation, mem, net};
 use crate::filters;
 use crate::machine::stop;
-use crate::memory::GuestMemory;
 
 /// Between two reports of how far added memory is in use.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
@@ -92,12 +91,6 @@ impl Commands {
         self.sender.send(command).map_err(|_| io::Error::other("the device thread is gone"))?;
         self.wake.write(1)
     }
-}
-
-struct RngServer {
-    queue: ActiveQueue,
-    memory: GuestMemory,
-    interrupt: Arc<Interrupt>,
 }
 
 /// A place for a network interface.
@@ -183,7 +176,7 @@ impl IoThread {
             for event in &events[..count] {
                 match event.data() {
                     WAKE => self.obey()?,
-                    RNG_QUEUE => self.serve_rng(),
+                    RNG_QUEUE => self.rng.iter_mut().for_each(RngServer::serve),
                     VSOCK_RX => self.vsock.iter().for_each(VsockServer::clear_rx_kick),
                     VSOCK_TX => {
                         if let Some(vsock) = &mut self.vsock {
@@ -233,7 +226,11 @@ impl IoThread {
                     self.watch(server.kick(), BALLOON_REPORTS)?;
                     self.balloon = Some(server);
                 }
-                Command::Activate(Server::Rng, activation) => self.activate_rng(activation)?,
+                Command::Activate(Server::Rng, activation) => {
+                    let server = RngServer::new(activation)?;
+                    self.watch(server.kick(), RNG_QUEUE)?;
+                    self.rng = Some(server);
+                }
                 Command::Activate(Server::Vsock, activation) => {
                     let server = VsockServer::new(activation)?;
                     self.watch(server.rx_kick(), VSOCK_RX)?;
@@ -287,13 +284,6 @@ impl IoThread {
         Ok(())
     }
 
-    fn activate_rng(&mut self, activation: Activation) -> io::Result<()> {
-        let queue = activation.queues.into_iter().next().ok_or(io::ErrorKind::InvalidInput)?;
-        self.watch(queue.kick(), RNG_QUEUE)?;
-        self.rng = Some(RngServer { queue, memory: activation.memory, interrupt: activation.interrupt });
-        Ok(())
-    }
-
     /// Tells the shim how far added memory is in use, not too often; how many milliseconds to wait
     /// before there is more to tell, or -1.
     fn report_added(&mut self, control: &Control) -> io::Result<i32> {
@@ -309,14 +299,5 @@ impl IoThread {
         (self.reported, self.reported_at) = (end, Instant::now());
         control.send(&Event::AddedMemoryEnd { mib: end >> 20 }, &[], true)?;
         Ok(-1)
-    }
-
-    fn serve_rng(&mut self) {
-        if let Some(RngServer { queue, memory, interrupt }) = &mut self.rng {
-            queue.clear_kick();
-            if rng::serve(queue, memory) {
-                queue.signal(memory, interrupt);
-            }
-        }
     }
 }

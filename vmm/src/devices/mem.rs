@@ -174,21 +174,12 @@ impl MemServer {
     pub fn serve(&mut self) {
         self.queue.clear_kick();
         let memory = self.memory.clone();
-        let mut used = false;
-        loop {
-            while let Some(chain) = self.queue.next(&memory) {
-                let head = chain.head_index();
-                let written = self.answer(&memory, chain);
-                self.queue.give_back(&memory, head, written);
-                used = true;
-            }
-            if !self.queue.rearm(&memory) {
-                break;
-            }
+        while let Some(chain) = self.queue.next(&memory) {
+            let head = chain.head_index();
+            let written = self.answer(&memory, chain);
+            self.queue.give_back(&memory, head, written);
         }
-        if used {
-            self.queue.signal(&memory, &self.interrupt);
-        }
+        self.queue.signal(&memory, &self.interrupt);
     }
 
     fn answer(&mut self, memory: &GuestMemory, chain: Chain<'_>) -> u32 {

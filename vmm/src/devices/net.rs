@@ -190,9 +190,6 @@ impl NetServer {
         let mut more = true;
         for _ in 0..BUDGET {
             let Some(chain) = self.tx.next(&self.memory) else {
-                if self.tx.rearm(&self.memory) {
-                    continue;
-                }
                 more = false;
                 break;
             };
@@ -240,9 +237,6 @@ impl NetServer {
         // First all that it takes, so that its header can say in how many buffers it is.
         while room < self.waiting {
             let Some(chain) = self.rx.next(&self.memory) else {
-                if self.rx.rearm(&self.memory) {
-                    continue;
-                }
                 buffers.iter().for_each(|_| self.rx.put_back());
                 return false;
             };

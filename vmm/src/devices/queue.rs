@@ -49,9 +49,15 @@ impl ActiveQueue {
         let _ = self.kick.read();
     }
 
-    /// The next chain that the driver made available.
+    /// The next chain that the driver made available; when there is none, the driver notifies of the next.
     pub fn next<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
-        self.queue.pop_descriptor_chain(memory)
+        if let Some(chain) = self.queue.pop_descriptor_chain(memory) {
+            return Some(chain);
+        }
+        // Buffers may have come in before notifications were asked for. One look: a driver whose
+        // index makes no sense has some for ever.
+        let more = self.queue.enable_notification(memory).unwrap_or(false);
+        more.then(|| self.queue.pop_descriptor_chain(memory)).flatten()
     }
 
     /// Puts back the chain that was taken last, as when there is nothing to fill it with.
@@ -80,12 +86,7 @@ impl ActiveQueue {
         self.give_back(memory, *last, *written);
     }
 
-    /// Asks for notifications again; true when buffers came in meanwhile and must be served first.
-    pub fn rearm(&mut self, memory: &GuestMemory) -> bool {
-        self.queue.enable_notification(memory).unwrap_or(false)
-    }
-
-    /// Interrupts the driver when it asked to be.
+    /// Interrupts the driver when buffers were given back and it asked to hear of them.
     pub fn signal(&mut self, memory: &GuestMemory, interrupt: &Interrupt) {
         if self.wants_interrupt(memory) {
             interrupt.queue();
@@ -97,6 +98,9 @@ impl ActiveQueue {
     fn wants_interrupt(&mut self, memory: &GuestMemory) -> bool {
         let (old, new) = (self.signalled, self.queue.next_used());
         self.signalled = new;
+        if new == old {
+            return false;
+        }
         if !self.queue.event_idx_enabled() {
             return true;
         }

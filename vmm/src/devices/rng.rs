@@ -1,11 +1,12 @@
 //! The entropy device (virtio 1.2, 5.4): fills what the driver offers with the host's random bytes.
 
-use std::io::Write;
+use std::io::{self, Write};
+use std::sync::Arc;
 
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
 use super::queue::{ActiveQueue, Chain};
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 
 const DEVICE_ID: u32 = 4;
@@ -47,19 +48,37 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// Serves every request that is available; true when the driver has something to collect.
-pub fn serve(queue: &mut ActiveQueue, memory: &GuestMemory) -> bool {
-    let mut used = false;
-    loop {
-        while let Some(chain) = queue.next(memory) {
+/// The queue of a device in service.
+pub struct RngServer {
+    queue: ActiveQueue,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+}
+
+impl RngServer {
+    /// Takes the queue over.
+    ///
+    /// # Errors
+    /// When the activation holds none.
+    pub fn new(activation: Activation) -> io::Result<Self> {
+        let queue = activation.queues.into_iter().next().ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self { queue, memory: activation.memory, interrupt: activation.interrupt })
+    }
+
+    /// The notification of the queue.
+    pub fn kick(&self) -> &impl std::os::fd::AsRawFd {
+        self.queue.kick()
+    }
+
+    /// Serves every request that is available.
+    pub fn serve(&mut self) {
+        self.queue.clear_kick();
+        while let Some(chain) = self.queue.next(&self.memory) {
             let head = chain.head_index();
-            let written = fill(memory, chain);
-            queue.give_back(memory, head, written);
-            used = true;
+            let written = fill(&self.memory, chain);
+            self.queue.give_back(&self.memory, head, written);
         }
-        if !queue.rearm(memory) {
-            return used;
-        }
+        self.queue.signal(&self.memory, &self.interrupt);
     }
 }
 

@@ -108,47 +108,29 @@ impl VsockServer {
     /// Takes every packet that the guest has sent.
     pub fn transmit(&mut self, muxer: &mut Muxer) {
         self.tx.clear_kick();
-        let mut used = false;
-        loop {
-            while let Some(chain) = self.tx.next(&self.memory) {
-                let head = chain.head_index();
-                if let Some((header, length)) = read_packet(&self.memory, chain, &mut self.payload) {
-                    muxer.receive(&header, &self.payload[..length]);
-                }
-                self.tx.give_back(&self.memory, head, 0);
-                used = true;
+        while let Some(chain) = self.tx.next(&self.memory) {
+            let head = chain.head_index();
+            if let Some((header, length)) = read_packet(&self.memory, chain, &mut self.payload) {
+                muxer.receive(&header, &self.payload[..length]);
             }
-            if !self.tx.rearm(&self.memory) {
-                break;
-            }
+            self.tx.give_back(&self.memory, head, 0);
         }
-        if used {
-            self.tx.signal(&self.memory, &self.interrupt);
-        }
+        self.tx.signal(&self.memory, &self.interrupt);
     }
 
     /// Gives the guest as many packets as there are and it has room for.
     pub fn fill(&mut self, muxer: &mut Muxer) {
-        let mut used = false;
         while muxer.has_output() {
-            let Some(chain) = self.rx.next(&self.memory) else {
-                // Full: the guest notifies when it has made room, unless it did just now.
-                if self.rx.rearm(&self.memory) {
-                    continue;
-                }
-                break;
-            };
+            // Full: the guest notifies when it has made room.
+            let Some(chain) = self.rx.next(&self.memory) else { break };
             let head = chain.head_index();
             let Some(written) = write_packet(&self.memory, chain, muxer, &mut self.payload) else {
                 self.rx.put_back();
                 break;
             };
             self.rx.give_back(&self.memory, head, written);
-            used = true;
         }
-        if used {
-            self.rx.signal(&self.memory, &self.interrupt);
-        }
+        self.rx.signal(&self.memory, &self.interrupt);
     }
 }
 
