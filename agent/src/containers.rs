@@ -14,7 +14,7 @@ use crate::hugepages::HugePages;
 use crate::init::{bundle_dir, process_file, spec_file};
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
-use crate::{devices, share, sys};
+use crate::{devices, share, sys, volumes};
 
 /// A request that cannot be served; the service maps it to a ttrpc code.
 #[derive(Debug, thiserror::Error)]
@@ -341,7 +341,7 @@ fn check_id(id: &str) -> Result<(), Error> {
 }
 
 /// Runs what blocks on a thread of its own.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await.context("a thread of the agent ended")?
 }
 
@@ -367,6 +367,7 @@ fn clean_up(id: &str, huge_pages: &HugePages, mounts: Option<File>) -> anyhow::R
     cgroup.remove()?;
     share::settle();
     drop(mounts);
+    volumes::remove(id);
     match std::fs::remove_dir_all(bundle_dir(id)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove the bundle"),
         _ => Ok(()),

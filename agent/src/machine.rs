@@ -36,7 +36,7 @@ impl Machine {
     /// # Errors
     /// When the kernel does not say how much memory it has.
     pub fn new() -> Result<Self> {
-        Ok(Self { memory_kib: total_memory_kib()?, has_added: false })
+        Ok(Self { memory_kib: memory_kib("MemTotal")?, has_added: false })
     }
 
     /// Uses so many CPUs, and waits for so much added memory to be in use. For memory that is to go it
@@ -65,7 +65,7 @@ impl Machine {
         }
         let wanted = self.memory_kib + (added_mib << 10);
         loop {
-            let has = total_memory_kib()?;
+            let has = memory_kib("MemTotal")?;
             if has == wanted || (has > wanted && begin.elapsed() > SHRINK_TIMEOUT) {
                 return Ok(());
             }
@@ -81,21 +81,27 @@ impl Machine {
     }
 }
 
-fn total_memory_kib() -> Result<u64> {
+/// What the kernel says of its memory by a name, as `MemTotal`, in KiB (proc(5), `/proc/meminfo`).
+///
+/// # Errors
+/// When it does not say.
+pub fn memory_kib(name: &str) -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
-    parse_total(&text).context("find the total in /proc/meminfo")
+    parse(&text, name).with_context(|| format!("find {name} in /proc/meminfo"))
 }
 
-/// The line `MemTotal: N kB` (proc(5)).
-fn parse_total(meminfo: &str) -> Option<u64> {
-    meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?.trim().parse().ok()
+/// The number of the line `NAME: N kB`.
+fn parse(meminfo: &str, name: &str) -> Option<u64> {
+    let rest = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    rest.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_kernels_total_is_read() {
-        assert_eq!(super::parse_total("MemTotal:         240312 kB\nMemFree:  1 kB\n"), Some(240_312));
-        assert_eq!(super::parse_total("MemFree:  1 kB\n"), None);
+    fn the_kernels_numbers_are_read() {
+        let text = "MemTotal:         240312 kB\nMemFree:  1 kB\n";
+        assert_eq!((super::parse(text, "MemTotal"), super::parse(text, "MemFree")), (Some(240_312), Some(1)));
+        assert_eq!(super::parse(text, "Mem"), None);
     }
 }

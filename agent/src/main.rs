@@ -19,6 +19,7 @@ mod service;
 mod share;
 mod streams;
 mod sys;
+mod volumes;
 
 use std::sync::Arc;
 

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
-    ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizeMachineRequest, ResizeRequest,
-    SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+    ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest,
+    ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
@@ -18,9 +18,10 @@ use ttrpc::{Code, Result};
 
 use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
-use crate::containers::{Containers, Error};
+use crate::containers::{Containers, Error, blocking};
 use crate::machine::Machine;
 use crate::network::{self, Network};
+use crate::volumes;
 
 /// From the answer to a shutdown to the reset, so that the answer arrives.
 const SHUTDOWN_DELAY: Duration = Duration::from_millis(10);
@@ -144,6 +145,11 @@ impl Agent for AgentService {
         done(network.configure(request).map_err(Error::Failed))
     }
 
+    async fn publish_volume(&self, _: &TtrpcContext, request: PublishVolumeRequest) -> Result<Empty> {
+        let publish = move || volumes::publish(&request.container, &request.volume, &request.state);
+        done(blocking(publish).await.map_err(Error::Failed))
+    }
+
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
         done(network::forward(&request.target, request.port).await.map_err(Error::Failed))
     }
@@ -151,8 +157,7 @@ impl Agent for AgentService {
     async fn resize_machine(&self, _: &TtrpcContext, request: ResizeMachineRequest) -> Result<Empty> {
         let machine = Arc::clone(&self.machine);
         let resize = move || machine.lock().unwrap_or_else(PoisonError::into_inner).resize(request.vcpus, request.added_mib);
-        let resized = tokio::task::spawn_blocking(resize).await;
-        done(resized.map_err(anyhow::Error::from).and_then(|result| result).map_err(Error::Failed))
+        done(blocking(resize).await.map_err(Error::Failed))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
@@ -170,8 +175,7 @@ impl Agent for AgentService {
 impl AgentService {
     async fn freeze(&self, container: &str, frozen: bool) -> std::result::Result<(), Error> {
         let cgroup: Cgroup = self.containers.cgroup(container)?;
-        let work = tokio::task::spawn_blocking(move || cgroup.freeze(frozen)).await;
-        Ok(work.map_err(anyhow::Error::from).and_then(|result| result)?)
+        Ok(blocking(move || cgroup.freeze(frozen)).await?)
     }
 }
 

@@ -32,6 +32,13 @@ pub const SHM_DIR: &str = "/dev/shm";
 /// and not containerd makes the pod's sandbox.
 pub const POD_FILES_DIR: &str = "/run/caisson/files";
 
+/// Where the guest keeps its copies of volumes that the host replaces as a whole, by container and by
+/// name among its bind mounts.
+pub const VOLUMES_DIR: &str = "/run/caisson/volumes";
+/// The link in such a volume that names its present state (Kubernetes'
+/// `pkg/volume/util/atomic_writer.go`).
+pub const VOLUME_STATE: &str = "..data";
+
 /// Where the guest mounts volumes of huge pages, which are memory and so its own.
 pub const HUGE_PAGES_DIR: &str = "/run/caisson/hugepages";
 

@@ -9,8 +9,8 @@ use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ForwardRequest, HelloRequest,
-    HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse,
-    Stdio, UpdateRequest, WaitOomRequest,
+    HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest,
+    SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -209,6 +209,13 @@ impl Agent {
     pub async fn resize_machine(&self, vcpus: u32, added_mib: u64) -> Result<()> {
         let request = ResizeMachineRequest { vcpus, added_mib, ..ResizeMachineRequest::default() };
         self.call("resize the machine", self.client.resize_machine(none(), &request)).await.map(drop)
+    }
+
+    /// Copies the state of a volume into the guest.
+    pub async fn publish_volume(&self, container: &str, volume: &str, state: &str) -> Result<()> {
+        let (container, volume, state) = (container.to_owned(), volume.to_owned(), state.to_owned());
+        let request = PublishVolumeRequest { container, volume, state, ..PublishVolumeRequest::default() };
+        self.call("publish the volume", self.client.publish_volume(none(), &request)).await.map(drop)
     }
 
     /// Connects the stream of a port to an address within the guest.

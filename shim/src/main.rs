@@ -36,6 +36,7 @@ mod stats;
 mod stdio;
 mod store;
 mod vmm;
+mod volumes;
 
 use std::process::ExitCode;
 

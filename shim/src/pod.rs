@@ -24,6 +24,7 @@ use crate::process::{Process, Status};
 use crate::size::Limits;
 use crate::spec::{self, GuestSpec, Kind, Siblings, Spec};
 use crate::stdio::{self, Paths};
+use crate::volumes::Volumes;
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -172,7 +173,7 @@ impl Pod {
     }
 
     async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
-        let GuestSpec { json, binds, huge_page_volumes } =
+        let GuestSpec { mut spec, binds, huge_page_volumes } =
             request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
@@ -184,12 +185,14 @@ impl Pod {
             self.make_room(machine, request.id, limits).await?;
         }
         let sandbox = &machine.sandbox;
+        let volumes = Volumes::publish(&sandbox.agent, request.id, &binds, &mut spec).await;
         let opened = stdio::open(&request.paths, request.id, &self.name.namespace, || sandbox.next_port())?;
         let ports = opened.ports.clone();
         let process = Process::new(sandbox, "", request.paths.clone(), opened).await?;
         let create = CreateContainerRequest {
             id: request.id.to_owned(),
-            spec: json,
+            // A JSON value always serialises.
+            spec: serde_json::to_vec(&spec).unwrap_or_default(),
             stdio: MessageField::some(ports),
             inner_mounts,
             huge_page_bytes: limits.huge_pages,
@@ -224,6 +227,7 @@ impl Pod {
         );
         self.watch_exit(machine, &container, process);
         self.watch_oom(machine, &container);
+        volumes.follow(machine, &container);
         Ok(pid)
     }
 

@@ -39,7 +39,7 @@ pub struct Spec(Value);
 #[derive(Debug, PartialEq, Eq)]
 pub struct GuestSpec {
     /// `config.json`.
-    pub json: Vec<u8>,
+    pub spec: Value,
     /// What is bound into the share.
     pub binds: Vec<Bind>,
     /// Volumes of huge pages, which the guest makes of its own memory.
@@ -220,8 +220,7 @@ impl Spec {
         }
         spec["linux"]["namespaces"] = self.guest_namespaces(container, host, siblings)?.into();
         drop_unsupported(&mut spec, container);
-        // A JSON value always serialises.
-        Ok(GuestSpec { json: serde_json::to_vec(&spec).unwrap_or_default(), binds, huge_page_volumes })
+        Ok(GuestSpec { spec, binds, huge_page_volumes })
     }
 
     fn lacks_namespace(&self, kind: &str) -> bool {
@@ -394,7 +393,7 @@ mod tests {
     }
 
     fn for_guest(spec: &Spec, host: HostNamespaces) -> errors::Result<(Value, Vec<Bind>)> {
-        spec.for_guest("c", host, &Pod).map(|guest| (serde_json::from_slice(&guest.json).unwrap(), guest.binds))
+        spec.for_guest("c", host, &Pod).map(|guest| (guest.spec, guest.binds))
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::Test;
 use crate::cri::{Pod, SLEEP};
 use crate::ctr::{Pod as PodOfCtr, RUNTIME, ctr, id, run_pod, shell};
 use crate::faults::Config;
+use crate::host::eventually;
 
 pub const TESTS: &[Test] = &[
     ("mounts_of_the_host_stay_when_a_container_goes", mounts_of_the_host_stay_when_a_container_goes),
@@ -15,6 +16,7 @@ pub const TESTS: &[Test] = &[
     ("a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods", a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods),
     ("a_link_out_of_the_image_is_refused", a_link_out_of_the_image_is_refused),
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
+    ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
 ];
 
 pub const ALONE: &[Test] = &[("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host)];
@@ -158,5 +160,47 @@ fn writes_that_the_guest_collects_reach_the_host() {
     let output = run_pod(&["--mount", &mount], &["sh", "-c", script]);
     assert_eq!(output.code, 0, "{output:?}");
     assert_eq!(shell(&format!("wc -l < {folder}/moved; sed -n '1p;$p' {folder}/moved")), "2001\nline 0\nmore");
+    shell(&format!("rm -r {folder}"));
+}
+
+/// Replaces what a folder holds by a state, as kubelet does (`pkg/volume/util/atomic_writer.go`).
+fn publish(folder: &str, state: &str, files: &[(&str, &str)]) {
+    shell(&format!("mkdir {folder}/{state}"));
+    for (name, text) in files {
+        std::fs::write(format!("{folder}/{state}/{name}"), text).unwrap();
+    }
+    shell(&format!("cd {folder}; ln -s {state} ..data_tmp; mv -T ..data_tmp ..data"));
+    for (name, _) in files {
+        shell(&format!("cd {folder}; [ -L {name} ] || ln -s ..data/{name} {name}"));
+    }
+    shell(&format!(
+        "cd {folder}; for link in *; do [ -e $link ] || rm $link; done; for old in ..2*; do [ $old = {state} ] || rm -r $old; done"
+    ));
+}
+
+fn watchers_hear_of_a_volume_that_kubelet_replaces() {
+    let folder = format!("/tmp/{}", id("config"));
+    shell(&format!("mkdir {folder}"));
+    publish(&folder, "..2026_1", &[("key", "first"), ("old", "old")]);
+    let mut options = vec!["--mount".to_owned(), format!("type=bind,src={folder},dst=/config,options=rbind:ro")];
+    // The image has no program that watches.
+    for (source, place) in [("/usr/bin", "/tools"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64")] {
+        options.extend(["--mount".to_owned(), format!("type=bind,src={source},dst={place},options=rbind:ro")]);
+    }
+    let watch = "/tools/inotifywait -m -q -e moved_to,create,delete --format '%e %f' /config >/events & \
+                 /tools/inotifywait -q -e delete_self --format %e /config/key >/gone & sleep 1000";
+    let pod = PodOfCtr::start("watched", &options.iter().map(String::as_str).collect::<Vec<_>>(), watch);
+    let says = |script: &str| pod.exec(&[], &["sh", "-c", script]).stdout;
+    eventually(|| says("cat /proc/[0-9]*/fdinfo/* 2>/dev/null | grep -c ^inotify") == "2\n", "nobody watches");
+    assert_eq!(says("cat /config/key /config/old; echo x >/config/key"), "firstold");
+
+    publish(&folder, "..2026_2", &[("key", "second"), ("more", &"much".repeat(100_000))]);
+    eventually(|| says("cat /config/key") == "second", "the volume is as it was");
+    assert_eq!(says("ls -A /config; wc -c </config/more"), "..2026_2\n..data\nkey\nmore\n400000\n");
+    let events = says("cat /events; cat /gone");
+    for event in ["CREATE,ISDIR ..2026_2", "MOVED_TO ..data", "CREATE more", "DELETE old", "DELETE,ISDIR ..2026_1", "DELETE_SELF"] {
+        assert!(events.lines().any(|line| line == event), "{event:?} is not in {events}");
+    }
+    drop(pod);
     shell(&format!("rm -r {folder}"));
 }

@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "gawk",
     "sed",
     "diffutils",
+    "inotify-tools",
     "iproute2",
     "iptables",
     "jq",
