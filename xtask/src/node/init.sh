@@ -38,6 +38,10 @@ for m in virtio_console kvm-amd kvm-intel tun vhost_net vhost_vsock loop overlay
 # and again (preempt_notifier_key, apic_sw_disabled): QEMU's emulation lets the other CPU run into a
 # breakpoint that is gone already, and the node's kernel dies of it.
 qemu-system-x86_64-microvm -accel kvm -M microvm -S -m 2 -nodefaults -no-user-config -display none -daemonize 3>&- || fail "KVM does not work"
+# For the same reason network hooks that pods would be the first and the last to use.
+ip link set lo up && tc qdisc add dev lo ingress || fail "traffic control does not work"
+hooks=$(for hook in prerouting input forward output postrouting; do echo "chain $hook { type filter hook $hook priority 0; }"; done)
+printf 'table inet node {\n%s\n}\n' "$hooks" | nft -f - || fail "netfilter does not work"
 sysctl -q -w net.ipv4.ip_forward=1 kernel.panic=5
 n=0
 while [ ! -c $control ]; do
@@ -63,6 +67,8 @@ for tag in caisson node share; do
 done
 cp -a /caisson/. / || fail "install Caisson"
 cd /root
+# A node that has died under its command is told from one whose command takes its time.
+while sleep 10; do echo ALIVE >&3; done &
 # A process group of its own, so that what the command leaves behind does not hold the node.
 setsid sh /node/command >$out 2>$err 3>&-
 code=$?

@@ -23,6 +23,8 @@ use crate::{build, cache, progress};
 
 /// How long a node may take from power-on to ready, under software emulation on a busy machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+/// A node says every ten seconds that it is alive.
+const ALIVE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A node's usual shape.
 const DEFAULT_MEMORY_MIB: u32 = 6144;
@@ -150,7 +152,8 @@ fn start_and_run(image: &NodeImage, machine: &Machine, state: Option<&Path>, fol
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     control.send(&format!("GO {}.{:03}", now.as_secs(), now.subsec_millis()))?;
-    let verdict = control.line(None)?;
+    // The instruction clock has seconds of its own.
+    let verdict = control.verdict((!machine.counted).then_some(ALIVE_TIMEOUT))?;
     let code = match verdict.split_once(' ') {
         Some(("EXIT", code)) => code.trim().parse().context("read the command's exit code")?,
         _ => {
@@ -191,6 +194,16 @@ impl Control {
         let mut line = String::new();
         self.reader.read_line(&mut line)?;
         Ok(line)
+    }
+
+    /// What the node says when its command has ended.
+    fn verdict(&mut self, timeout: Option<Duration>) -> Result<String> {
+        loop {
+            let line = self.line(timeout).context("the node has died: it says nothing any more")?;
+            if line.trim() != "ALIVE" {
+                return Ok(line);
+            }
+        }
     }
 
     fn send(&mut self, line: &str) -> Result<()> {
