@@ -62,6 +62,8 @@ pub struct Config {
     pub uid_base: u32,
     /// Number of user ids for VMMs.
     pub uid_count: u32,
+    /// Whether the host's kernel serves network interfaces where it can.
+    pub network_vhost: bool,
     /// The virtio-fs server's program.
     pub fs_path: PathBuf,
     /// What becomes of `hostNetwork`, `hostPID` and `hostIPC`.
@@ -103,6 +105,7 @@ impl Default for Config {
             vmm_path: "/usr/libexec/caisson/caisson-vmm".into(),
             uid_base: 1_500_000_000,
             uid_count: 65_536,
+            network_vhost: true,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
             host_namespaces: HostNamespaces::Refuse,
             fs_cache: CachePolicy::Auto,

@@ -38,7 +38,7 @@ pub enum Request {
         port: u32,
     },
     /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
-    /// a virtio header of [`NIC_HEADER`] bytes, not blocking.
+    /// a virtio header of [`NIC_HEADER`] bytes, not blocking; and `/dev/vhost-net` with [`Nic::vhost`].
     AttachNic(Nic),
     /// Let the guest have so much added memory; the file for it must be large enough for the next
     /// multiple of [`ADDED_MIB_STEP`]. Answered by [`Event::AddedMemoryEnd`]s as the guest takes memory or gives it back.
@@ -69,6 +69,8 @@ pub struct Nic {
     pub mac: [u8; 6],
     /// The largest packet that goes through it, in bytes.
     pub mtu: u16,
+    /// Whether the host's kernel serves it.
+    pub vhost: bool,
 }
 
 /// The shape of a VM.

@@ -249,12 +249,13 @@ impl Vmm {
         let _ = self.process.send(&Request::CloseSource { port }, &[]).await;
     }
 
-    /// Puts a network interface into an empty place of the machine.
+    /// Puts a network interface into an empty place of the machine; the descriptors are those that
+    /// [`Request::AttachNic`] states.
     ///
     /// # Errors
     /// When the monitor is gone.
-    pub async fn attach_nic(&self, nic: Nic, tap: BorrowedFd<'_>) -> Result<()> {
-        self.process.send(&Request::AttachNic(nic), &[tap]).await.context("attach a network interface")
+    pub async fn attach_nic(&self, nic: Nic, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.process.send(&Request::AttachNic(nic), fds).await.context("attach a network interface")
     }
 
     /// Lets the guest have so much added memory.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, id, run, run_pod, shell};
+use crate::faults::Config;
 use crate::host::eventually;
 
 pub const TESTS: &[Test] = &[
@@ -114,22 +115,32 @@ impl Drop for Background {
 }
 
 fn a_file_crosses_the_network_both_ways() {
-    let network = Network::new();
-    let mount = "type=bind,src=/usr/share/caisson,dst=/usr/share/caisson,options=rbind:ro";
-    let pod = Pod::start("net", &["--mount", mount, "--with-ns", &network.option()], "sleep 1000");
+    for vhost in [true, false] {
+        let _settings = Config::set(&format!("[network]\nvhost = {vhost}\n"));
+        let network = Network::new();
+        let mount = "type=bind,src=/usr/share/caisson,dst=/usr/share/caisson,options=rbind:ro";
+        let pod = Pod::start("net", &["--mount", mount, "--with-ns", &network.option()], "sleep 1000");
+        // By the host's kernel or by the monitor.
+        let served = shell(&format!("ls -l /proc/{}/fd | grep -c /dev/vhost-net; true", pod.host_pid("vmm")));
+        assert_eq!(served, u8::from(vhost).to_string());
+        a_file_crosses(&network, &pod);
+    }
+}
+
+fn a_file_crosses(network: &Network, pod: &Pod) {
     let n = network.subnet;
     let sum = shell(&format!("md5sum < {FILE}"));
     let _server = Background::socat(&["-u", &format!("FILE:{FILE}"), "TCP-LISTEN:5001,reuseaddr"]);
-    assert_eq!(output(&pod, &format!("nc 10.9.{n}.1 5001 | md5sum")).trim(), sum);
+    assert_eq!(output(pod, &format!("nc 10.9.{n}.1 5001 | md5sum")).trim(), sum);
     let received = format!("/tmp/{}", network.name);
     let sink = Background::socat(&["-u", "TCP-LISTEN:5003,reuseaddr", &format!("CREATE:{received}")]);
-    output(&pod, &format!("nc 10.9.{n}.1 5003 < {FILE}"));
+    output(pod, &format!("nc 10.9.{n}.1 5003 < {FILE}"));
     eventually(|| shell(&format!("md5sum < {received}")) == sum, "the file did not arrive whole");
     drop(sink);
     std::fs::remove_file(received).unwrap();
     // Datagrams: the echo of a question is no answer, but it arrives.
     let _echo = Background::socat(&["UDP-LISTEN:53,fork", "PIPE"]);
-    let counters = output(&pod, &format!("timeout 6 nslookup caisson.test 10.9.{n}.1 > /dev/null 2>&1; grep Udp: /proc/net/snmp"));
+    let counters = output(pod, &format!("timeout 6 nslookup caisson.test 10.9.{n}.1 > /dev/null 2>&1; grep Udp: /proc/net/snmp"));
     let received = counters.lines().nth(1).and_then(|line| line.split(' ').nth(1)).and_then(|count| count.parse::<u32>().ok());
     assert!(received.is_some_and(|received| received > 0), "{counters}");
 }

@@ -51,8 +51,25 @@ const SPARE: &[Allow] = &[
 const IO: &[Allow] = &[
     Call(libc::SYS_epoll_ctl),
     Call(libc::SYS_epoll_wait),
-    // TUNSETOFFLOAD
-    CallWith(libc::SYS_ioctl, 1, &[0x4004_54d0]),
+    // TUNSETOFFLOAD; an interface's hand-over to vhost-net: owner, features (both ways), memory, a queue's
+    // size, addresses, base, notification, interrupt, and its tap.
+    CallWith(
+        libc::SYS_ioctl,
+        1,
+        &[
+            0x4004_54d0,
+            0xaf01,
+            0x8008_af00,
+            0x4008_af00,
+            0x4008_af03,
+            0x4008_af10,
+            0x4028_af11,
+            0x4008_af12,
+            0x4008_af20,
+            0x4008_af21,
+            0x4008_af30,
+        ],
+    ),
     CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_GETFD as u64]),
     Call(libc::SYS_readv),
     Call(libc::SYS_recvfrom),

@@ -14,7 +14,7 @@ use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
-use crate::devices::io_thread::{Command, Commands, IoThread};
+use crate::devices::io_thread::{Attached, Command, Commands, IoThread};
 use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::serial::Serial;
 use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, balloon, fs, mem, net, rng, vsock};
@@ -113,11 +113,11 @@ impl Nics {
     ///
     /// # Errors
     /// When there is no such place, or it is not empty.
-    pub fn attach(&self, nic: Nic, tap: File, commands: &Commands) -> Result<()> {
+    pub fn attach(&self, nic: Nic, attached: Attached, commands: &Commands) -> Result<()> {
         let index = nic.place as usize;
         let place = self.0.get(index).with_context(|| format!("network interface {index}: there are {NICS} places"))?;
         // The tap first: once the device appears its driver may come at any time.
-        commands.send(Command::AttachTap(index, tap))?;
+        commands.send(Command::AttachTap(index, attached))?;
         ensure!(place.attach(nic), "network interface {index}: its place is taken");
         Ok(())
     }

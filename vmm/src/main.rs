@@ -28,7 +28,7 @@ use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-use crate::devices::io_thread::Command;
+use crate::devices::io_thread::{Attached, Command};
 use crate::machine::{BootFiles, Machine, Running};
 
 /// Streams that a pod may have open at once take two descriptors each.
@@ -130,8 +130,10 @@ fn serve(control: &Control, running: &mut Running) -> Result<()> {
             Request::CloseSource { port } => running.commands.send(Command::CloseSource(port))?,
             Request::Withdraw { port } => running.commands.send(Command::Withdraw(port))?,
             Request::AttachNic(nic) => {
-                let tap = fds.into_iter().next().context("a network interface came without its tap")?;
-                running.nics.attach(nic, File::from(tap), &running.commands)?;
+                let mut fds = fds.into_iter().map(File::from);
+                let tap = fds.next().context("a network interface came without its tap")?;
+                let vhost = if nic.vhost { Some(fds.next().context("a network interface came without its server")?) } else { None };
+                running.nics.attach(nic, Attached { tap, vhost }, &running.commands)?;
             }
             Request::AddMemory { mib } => running.add_memory(mib)?,
             Request::AddVcpus { vcpus } => running.add_vcpus(control, vcpus)?,

@@ -151,6 +151,13 @@ pub const KEYS: &[Key] = &[
         |c, v| c.report_free_memory = boolean(&v)?,
         |c| c.report_free_memory.to_string()
     ),
+    key!(
+        "network.vhost",
+        "whether the host's kernel serves network interfaces where it has vhost-net; otherwise the virtual machine monitor does",
+        "true or false",
+        |c, v| c.network_vhost = boolean(&v)?,
+        |c| c.network_vhost.to_string()
+    ),
     key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(
         c.vmm_path.display()
     )),

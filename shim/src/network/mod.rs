@@ -16,7 +16,7 @@ mod steer;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,6 +59,8 @@ pub struct Network {
     netns: Netns,
     path: PathBuf,
     handle: rtnetlink::Handle,
+    /// Whether the host's kernel is to serve interfaces where it can.
+    vhost: bool,
     known: tokio::sync::Mutex<Known>,
 }
 
@@ -77,7 +79,7 @@ impl Network {
     ///
     /// # Errors
     /// When it cannot be opened, or is the host's own.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, vhost: bool) -> Result<Self> {
         let Some(netns) = Netns::open(path)? else {
             bail!("the network namespace {} is the host's own, which a virtual machine cannot share", path.display());
         };
@@ -87,7 +89,7 @@ impl Network {
             rtnetlink::new_connection().context("open a netlink socket")
         })?;
         tokio::spawn(connection);
-        Ok(Self { netns, path: path.to_owned(), handle, known: tokio::sync::Mutex::default() })
+        Ok(Self { netns, path: path.to_owned(), handle, vhost, known: tokio::sync::Mutex::default() })
     }
 
     /// Attaches interfaces that are new and tells the guest of every address, route, rule and
@@ -141,7 +143,10 @@ impl Network {
         store.change(|record| record.network = Some(NetworkRecord { path: self.path.clone(), inode, interfaces }))?;
         self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
         self.redirect(index, link.index).await.context("redirect what the guest sends")?;
-        sandbox.vmm.attach_nic(Nic { place, mac: link.mac, mtu: link.mtu }, File::as_fd(&tap)).await?;
+        let server = if self.vhost { vhost_net() } else { None };
+        let nic = Nic { place, mac: link.mac, mtu: link.mtu, vhost: server.is_some() };
+        let fds: Vec<BorrowedFd<'_>> = [Some(&tap), server.as_ref()].into_iter().flatten().map(File::as_fd).collect();
+        sandbox.vmm.attach_nic(nic, &fds).await?;
         known.places.insert(link.index, place);
         log::debug!("interface {} is the guest's interface {place}", link.name);
         Ok(Interface { place, host_index: link.index, name: link.name.clone(), ..Interface::default() })
@@ -232,6 +237,12 @@ impl Network {
         });
         Ok(())
     }
+}
+
+/// The kernel's server for an interface; `None` where the host has none.
+fn vhost_net() -> Option<File> {
+    let opened = File::options().read(true).write(true).open("/dev/vhost-net");
+    opened.inspect_err(|error| log::debug!("/dev/vhost-net: {error}; the monitor serves the interface itself")).ok()
 }
 
 /// The network namespace of a process, when something was put into it beside the loopback interface.

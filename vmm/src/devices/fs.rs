@@ -7,16 +7,13 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use ::vhost::VhostBackend;
+use ::vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use ::vhost::vhost_user::{Frontend, VhostUserFrontend};
 use caisson_protocol::guest::SHARE_TAG;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use virtio_queue::QueueT;
-use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion};
+use vm_memory::GuestMemory as _;
 
-use super::queue::ActiveQueue;
-use super::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
-use crate::memory::GuestMemory;
+use super::{ActivateError, Activation, VirtioDevice, read_config_bytes, vhost};
 
 const DEVICE_ID: u32 = 26;
 /// High priority (forget, interrupt), and requests.
@@ -52,53 +49,18 @@ impl VhostUserFs {
         Ok(Self { server, features, config })
     }
 
-    fn hand_over(&mut self, activation: &Activation) -> vhost::Result<()> {
-        self.server.set_features(activation.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())?;
-        self.server.set_mem_table(&regions(&activation.memory)?)?;
-        for (index, queue) in activation.queues.iter().enumerate() {
-            self.hand_over_queue(index, queue, &activation.memory, &activation.interrupt)?;
-        }
-        Ok(())
-    }
-
-    fn hand_over_queue(&mut self, index: usize, queue: &ActiveQueue, memory: &GuestMemory, interrupt: &Interrupt) -> vhost::Result<()> {
-        let layout = queue.layout();
-        self.server.set_vring_num(index, layout.size())?;
+    fn hand_over(&mut self, activation: &Activation) -> ::vhost::Result<()> {
+        let memory = &activation.memory;
         let host = |address| {
-            memory.get_host_address(vm_memory::GuestAddress(address)).map(|host| host as u64).map_err(|_| vhost::Error::InvalidGuestMemory)
+            memory
+                .get_host_address(vm_memory::GuestAddress(address))
+                .map(|host| host as u64)
+                .map_err(|_| ::vhost::Error::InvalidGuestMemory)
         };
-        let config = VringConfigData {
-            queue_max_size: layout.max_size(),
-            queue_size: layout.size(),
-            flags: 0,
-            desc_table_addr: host(layout.desc_table())?,
-            used_ring_addr: host(layout.used_ring())?,
-            avail_ring_addr: host(layout.avail_ring())?,
-            log_addr: None,
-        };
-        self.server.set_vring_addr(index, &config)?;
-        self.server.set_vring_base(index, 0)?;
-        self.server.set_vring_call(index, interrupt.eventfd())?;
-        self.server.set_vring_kick(index, queue.kick())?;
-        self.server.set_vring_enable(index, true)
+        let features = activation.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        vhost::hand_over(&self.server, features, activation, host)?;
+        (0..activation.queues.len()).try_for_each(|index| self.server.set_vring_enable(index, true))
     }
-}
-
-/// Guest memory as the server maps it.
-fn regions(memory: &GuestMemory) -> vhost::Result<Vec<VhostUserMemoryRegionInfo>> {
-    memory
-        .iter()
-        .map(|region| {
-            let file = region.file_offset().ok_or(vhost::Error::InvalidGuestMemory)?;
-            Ok(VhostUserMemoryRegionInfo {
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-                mmap_offset: file.start(),
-                mmap_handle: std::os::fd::AsRawFd::as_raw_fd(file.file()),
-            })
-        })
-        .collect()
 }
 
 impl VirtioDevice for VhostUserFs {

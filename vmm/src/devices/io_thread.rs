@@ -19,6 +19,7 @@ use super::balloon::BalloonServer;
 use super::mem::MemServer;
 use super::net::NetServer;
 use super::rng::RngServer;
+use super::vhost_net::VhostNet;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
 use super::{Activation, mem, net};
@@ -69,8 +70,8 @@ pub enum Command {
     CloseSource(u32),
     /// Take an offer back, or break its stream.
     Withdraw(u32),
-    /// The tap of a network interface, before its driver is ready.
-    AttachTap(usize, File),
+    /// The tap of a network interface, and the kernel's server for it, before its driver is ready.
+    AttachTap(usize, Attached),
     /// Another size of added memory is requested.
     MemoryRequested,
 }
@@ -93,12 +94,24 @@ impl Commands {
     }
 }
 
+/// What a network interface is attached by.
+pub struct Attached {
+    /// Where its frames go, not blocking.
+    pub tap: File,
+    /// `/dev/vhost-net`, when the host's kernel is to serve it.
+    pub vhost: Option<File>,
+}
+
 /// A place for a network interface.
 #[derive(Default)]
 enum NetPlace {
     #[default]
     Empty,
-    Attached(File),
+    Attached(Attached),
+    /// By the host's kernel.
+    ServedOutside {
+        _server: VhostNet,
+    },
     InService {
         server: NetServer,
         /// Whether the tap is in the thread's epoll.
@@ -209,9 +222,9 @@ impl IoThread {
                 Command::Offer(offer, fds) => self.muxer.offer(offer, fds)?,
                 Command::CloseSource(port) => self.muxer.close_source(port),
                 Command::Withdraw(port) => self.muxer.withdraw(port),
-                Command::AttachTap(place, tap) => {
+                Command::AttachTap(place, attached) => {
                     if let Some(place @ NetPlace::Empty) = self.nets.get_mut(place) {
-                        *place = NetPlace::Attached(tap);
+                        *place = NetPlace::Attached(attached);
                     }
                 }
                 Command::Activate(Server::Net(place), activation) => self.activate_net(place, activation)?,
@@ -247,10 +260,14 @@ impl IoThread {
     }
 
     fn activate_net(&mut self, place: usize, activation: Activation) -> io::Result<()> {
-        let Some(NetPlace::Attached(tap)) = self.nets.get_mut(place).map(std::mem::take) else {
+        let Some(NetPlace::Attached(Attached { tap, vhost })) = self.nets.get_mut(place).map(std::mem::take) else {
             return Err(io::Error::other("a network interface came into service that was not attached"));
         };
         net::set_offloads(&tap, activation.features)?;
+        if let Some(device) = vhost {
+            self.nets[place] = NetPlace::ServedOutside { _server: VhostNet::start(device, &tap, &activation)? };
+            return Ok(());
+        }
         let server = NetServer::new(activation, tap)?;
         let first = NET_TOKENS * place as u64;
         self.watch(server.rx_kick(), first + NET_RX)?;

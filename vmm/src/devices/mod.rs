@@ -14,6 +14,8 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod serial;
+pub mod vhost;
+pub mod vhost_net;
 pub mod vsock;
 
 use std::sync::Mutex;

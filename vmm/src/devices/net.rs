@@ -388,7 +388,7 @@ mod tests {
         let place = Place::default();
         let net = Net::new(0, place.clone(), commands);
         assert_eq!(net.id(), 0);
-        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], mtu: 1500 };
+        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], mtu: 1500, vhost: false };
         assert!(place.attach(nic) && !place.attach(nic));
         let mut config = [0; 12];
         net.read_config(0, &mut config);
