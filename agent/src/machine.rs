@@ -1,25 +1,61 @@
 //! The machine that the guest runs on, as it changes: devices that appear, CPUs, memory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::guest::MEMORY_DEVICE;
 
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
+const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+const DEVICES: &str = "/sys/bus/platform/devices";
 /// For the kernel to take memory into use; for it to give memory back, which it need not manage; for the
 /// device to be there; and between two looks.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
 const SHRINK_TIMEOUT: Duration = Duration::from_secs(3);
-const SHOW_TIMEOUT: Duration = Duration::from_secs(1);
-const MEMORY_INTERVAL: Duration = Duration::from_millis(2);
+const SHOW_TIMEOUT: Duration = Duration::from_secs(5);
+const INTERVAL: Duration = Duration::from_millis(2);
 
-/// Makes the kernel look at a device again, where it found nothing when it started.
+/// Makes the kernel look at a device again, by its number, where it found nothing before. The host
+/// shows it in a moment.
 ///
 /// # Errors
 /// When there still is nothing.
-pub fn look_at(device: &str) -> Result<()> {
-    std::fs::write(DRIVER, device).with_context(|| format!("look for {device}"))
+pub fn find_device(number: u32) -> Result<()> {
+    let begin = Instant::now();
+    let device = name(number);
+    while let Err(error) = std::fs::write(format!("{DRIVER}/bind"), &device) {
+        ensure!(begin.elapsed() < SHOW_TIMEOUT, "look for {device}: {error}");
+        std::thread::sleep(INTERVAL);
+    }
+    Ok(())
+}
+
+/// Makes the kernel let go of a device, by its number.
+///
+/// # Errors
+/// When it has none of that number.
+pub fn forget_device(number: u32) -> Result<()> {
+    let device = name(number);
+    std::fs::write(format!("{DRIVER}/unbind"), &device).with_context(|| format!("let go of {device}"))
+}
+
+/// What a device is to programs: the kernel's folder for the one thing of a class that it has, as
+/// `net` or `block` (`<device>/virtioN/<class>/<name>`).
+///
+/// # Errors
+/// When it has none.
+pub fn class_dir(number: u32, class: &str) -> Result<PathBuf> {
+    let only = |dir: PathBuf, prefix: &str| -> Result<PathBuf> {
+        let entries = std::fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))?;
+        let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
+        entries.filter_map(|entry| Some(entry.ok()?.path())).find(named).with_context(|| format!("{} is empty", dir.display()))
+    };
+    only(only(Path::new(DEVICES).join(name(number)), "virtio")?.join(class), "")
+}
+
+/// The kernel's name for a device.
+fn name(number: u32) -> String {
+    format!("virtio-mmio.{number}")
 }
 
 /// The machine's size.
@@ -56,11 +92,7 @@ impl Machine {
         }
         let begin = Instant::now();
         if added_mib > 0 && !self.has_added {
-            // The host shows it in a moment.
-            while let Err(error) = look_at(&format!("virtio-mmio.{MEMORY_DEVICE}")) {
-                anyhow::ensure!(begin.elapsed() < SHOW_TIMEOUT, error);
-                std::thread::sleep(MEMORY_INTERVAL);
-            }
+            find_device(MEMORY_DEVICE)?;
             self.has_added = true;
         }
         let wanted = self.memory_kib + (added_mib << 10);
@@ -76,7 +108,7 @@ impl Machine {
                     MEMORY_TIMEOUT.as_secs()
                 );
             }
-            std::thread::sleep(MEMORY_INTERVAL);
+            std::thread::sleep(INTERVAL);
         }
     }
 }

@@ -9,6 +9,7 @@ mod boot;
 mod cgroup;
 mod containers;
 mod devices;
+mod disks;
 mod hugepages;
 mod init;
 mod machine;

@@ -9,7 +9,6 @@
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,7 +22,6 @@ use crate::{machine, streams, sys};
 
 /// The loopback interface has this index everywhere.
 const LOOPBACK: u32 = 1;
-const DEVICES: &str = "/sys/bus/platform/devices";
 /// For a program of the guest to take a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of `struct nlmsghdr` (netlink(7)), and of an answer that is read.
@@ -88,9 +86,9 @@ pub async fn forward(target: &str, port: u32) -> Result<()> {
 
 /// Makes the kernel find an interface, names it, and brings it up; returns its index.
 fn bring_up(interface: &Interface) -> Result<u32> {
-    let device = format!("virtio-mmio.{}", FIRST_NIC_DEVICE.saturating_add(interface.place));
-    machine::look_at(&device)?;
-    let found = net_dir(&Path::new(DEVICES).join(&device)).with_context(|| format!("find the interface of {device}"))?;
+    let device = FIRST_NIC_DEVICE.saturating_add(interface.place);
+    machine::find_device(device)?;
+    let found = machine::class_dir(device, "net").context("find it")?;
     let name = found.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let index = std::fs::read_to_string(found.join("ifindex")).context("read its index")?.trim().parse().context("read its index")?;
     let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
@@ -99,16 +97,6 @@ fn bring_up(interface: &Interface) -> Result<u32> {
     }
     sys::interface_up(&socket, &interface.name)?;
     Ok(index)
-}
-
-/// The kernel's folder for the interface of a device: `<device>/virtioN/net/<name>`.
-fn net_dir(device: &Path) -> Result<PathBuf> {
-    let only = |dir: PathBuf, prefix: &str| -> Result<PathBuf> {
-        let entries = std::fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))?;
-        let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
-        entries.filter_map(|entry| Some(entry.ok()?.path())).find(named).with_context(|| format!("{} is empty", dir.display()))
-    };
-    only(only(device.to_owned(), "virtio")?.join("net"), "")
 }
 
 /// What a message of the host does: its type, its words for an error, and whether it adds.

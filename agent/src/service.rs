@@ -6,11 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    Agent, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
-    ForwardRequest, HelloRequest, HelloResponse, PidsResponse, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest,
-    ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+    Agent, AttachDiskRequest, AttachDiskResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
+    CreateContainerResponse, CreateExecRequest, DetachDiskRequest, Empty, ForwardRequest, HelloRequest, HelloResponse, PidsResponse,
+    ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse,
+    UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
 };
-use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use ttrpc::asynchronous::TtrpcContext;
@@ -19,25 +19,24 @@ use ttrpc::{Code, Result};
 use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error, blocking};
+use crate::disks::Disks;
 use crate::machine::Machine;
 use crate::network::{self, Network};
 use crate::volumes;
-
-/// From the answer to a shutdown to the reset, so that the answer arrives.
-const SHUTDOWN_DELAY: Duration = Duration::from_millis(10);
 
 /// The service.
 pub struct AgentService {
     containers: Arc<Containers>,
     network: Mutex<Network>,
     machine: Arc<Mutex<Machine>>,
+    disks: Arc<Mutex<Disks>>,
     started_us: u64,
 }
 
 impl AgentService {
     /// A service for these containers in this machine, in an agent that started at this uptime.
     pub fn new(containers: Arc<Containers>, machine: Machine, started_us: u64) -> Self {
-        Self { containers, network: Mutex::default(), machine: Arc::new(Mutex::new(machine)), started_us }
+        Self { containers, network: Mutex::default(), machine: Arc::new(Mutex::new(machine)), disks: Arc::default(), started_us }
     }
 }
 
@@ -160,15 +159,17 @@ impl Agent for AgentService {
         done(blocking(resize).await.map_err(Error::Failed))
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
-        tokio::spawn(async {
-            // The share is the host's; only file systems on block volumes have something to write.
-            nix::unistd::sync();
-            tokio::time::sleep(SHUTDOWN_DELAY).await;
-            // It does not return: the VMM sees the reset.
-            let _ = reboot(RebootMode::RB_AUTOBOOT);
-        });
-        Ok(Empty::new())
+    async fn attach_disk(&self, _: &TtrpcContext, request: AttachDiskRequest) -> Result<AttachDiskResponse> {
+        let disks = Arc::clone(&self.disks);
+        let attach = move || disks.lock().unwrap_or_else(PoisonError::into_inner).attach(&request);
+        let (major, minor) = answer(blocking(attach).await.map_err(Error::Failed))?;
+        Ok(AttachDiskResponse { major, minor, ..AttachDiskResponse::default() })
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
+        let disks = Arc::clone(&self.disks);
+        let detach = move || disks.lock().unwrap_or_else(PoisonError::into_inner).detach(request.place);
+        done(blocking(detach).await.map_err(Error::Failed))
     }
 }
 

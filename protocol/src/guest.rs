@@ -39,6 +39,9 @@ pub const VOLUMES_DIR: &str = "/run/caisson/volumes";
 /// `pkg/volume/util/atomic_writer.go`).
 pub const VOLUME_STATE: &str = "..data";
 
+/// Where the guest mounts disks with file systems, by container and by name.
+pub const DISKS_DIR: &str = "/run/caisson/disks";
+
 /// Where the guest mounts volumes of huge pages, which are memory and so its own.
 pub const HUGE_PAGES_DIR: &str = "/run/caisson/hugepages";
 
@@ -54,3 +57,6 @@ pub const FIRST_NIC_DEVICE: u32 = 3;
 
 /// That of the device through which memory is added, which is there once it is wanted.
 pub const MEMORY_DEVICE: u32 = FIRST_NIC_DEVICE + crate::vmm::NICS;
+
+/// That of the device in the first place for disks: the balloon comes before it.
+pub const FIRST_DISK_DEVICE: u32 = MEMORY_DEVICE + 2;

@@ -40,6 +40,21 @@ pub enum Request {
     /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
     /// a virtio header of [`NIC_HEADER`] bytes, not blocking; and `/dev/vhost-net` with [`Nic::vhost`].
     AttachNic(Nic),
+    /// Put a disk into an empty place. File descriptor: the block device or file, readable, and writable
+    /// unless it is [`Disk::read_only`].
+    AttachDisk(Disk),
+    /// Tell the guest that a disk has another size.
+    ResizeDisk {
+        /// Its place.
+        place: u32,
+        /// In bytes.
+        bytes: u64,
+    },
+    /// Take a disk away. Answered by [`Event::DiskDetached`].
+    DetachDisk {
+        /// Its place.
+        place: u32,
+    },
     /// Let the guest have so much added memory; the file for it must be large enough for the next
     /// multiple of [`ADDED_MIB_STEP`]. Answered by [`Event::AddedMemoryEnd`]s as the guest takes memory or gives it back.
     AddMemory {
@@ -71,6 +86,27 @@ pub struct Nic {
     pub mtu: u16,
     /// Whether the host's kernel serves it.
     pub vhost: bool,
+}
+
+/// Disks that a VM has place for.
+pub const DISKS: u32 = 8;
+
+/// Bytes of a disk's own blocks: what Linux can have.
+pub const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
+
+/// A disk of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Which of the [`DISKS`] places; one can be used again once its disk was detached.
+    pub place: u32,
+    /// Its size; what does not fill a sector of 512 bytes is not reached.
+    pub bytes: u64,
+    /// One of [`BLOCK_SIZES`].
+    pub block_size: u32,
+    /// Whether the guest cannot write it.
+    pub read_only: bool,
+    /// By which the guest knows it; of 20 bytes at most (virtio 1.2, 5.2.6).
+    pub serial: String,
 }
 
 /// The shape of a VM.
@@ -149,6 +185,11 @@ pub enum Event {
     AddedMemoryEnd {
         /// MiB of the memory file, a multiple of [`ADDED_MIB_STEP`].
         mib: u64,
+    },
+    /// A disk was taken away and its descriptor is closed.
+    DiskDetached {
+        /// Its place, which is empty.
+        place: u32,
     },
     /// How many vCPUs there are now, or why there is no further one.
     Vcpus(Result<u32, String>),

@@ -8,9 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    AgentClient, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest, Empty, ForwardRequest, HelloRequest,
-    HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest,
-    SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
+    AgentClient, AttachDiskRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
+    DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest,
+    PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -209,6 +209,18 @@ impl Agent {
     pub async fn resize_machine(&self, vcpus: u32, added_mib: u64) -> Result<()> {
         let request = ResizeMachineRequest { vcpus, added_mib, ..ResizeMachineRequest::default() };
         self.call("resize the machine", self.client.resize_machine(none(), &request)).await.map(drop)
+    }
+
+    /// Has the guest find the disk in a place, and mount it; returns its device's numbers.
+    pub async fn attach_disk(&self, place: u32, mount: Option<DiskMount>) -> Result<(u32, u32)> {
+        let request = AttachDiskRequest { place, mount: mount.into(), ..AttachDiskRequest::default() };
+        self.call("attach the disk", self.client.attach_disk(none(), &request)).await.map(|answer| (answer.major, answer.minor))
+    }
+
+    /// Has the guest unmount the disk in a place and let go of it.
+    pub async fn detach_disk(&self, place: u32) -> Result<()> {
+        let request = DetachDiskRequest { place, ..DetachDiskRequest::default() };
+        self.call("detach the disk", self.client.detach_disk(none(), &request)).await.map(drop)
     }
 
     /// Copies the state of a volume into the guest.

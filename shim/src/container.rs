@@ -140,13 +140,24 @@ pub struct ShareFolder {
 }
 
 impl ShareFolder {
-    /// Mounts a container's root file system and its bind mounts into the pod's share.
+    /// Mounts a container's bind mounts into the pod's share.
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn make(store: &Store, container: &str, spec: &Spec, bundle: &Path, rootfs: &[Mount], binds: &[Bind]) -> Result<Self> {
-        let folder = Self { path: store.share().join(container), run_dir: store.run_dir().to_owned(), kept: false };
-        let root = folder.path.join(ROOTFS_DIR);
+    pub fn make(store: &Store, container: &str, binds: &[Bind]) -> Result<Self> {
+        let path = store.share().join(container);
+        std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        let folder = Self { path, run_dir: store.run_dir().to_owned(), kept: false };
+        binds.iter().try_for_each(|bind| folder.bind(bind))?;
+        Ok(folder)
+    }
+
+    /// Mounts its root file system there, too.
+    ///
+    /// # Errors
+    /// What could not be mounted, and why.
+    pub fn mount_root(&self, store: &Store, spec: &Spec, bundle: &Path, rootfs: &[Mount]) -> Result<()> {
+        let root = self.path.join(ROOTFS_DIR);
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         if rootfs.is_empty() {
             let source = spec.root_path(bundle);
@@ -155,10 +166,7 @@ impl ShareFolder {
         } else {
             mounts::mount_rootfs(rootfs, &root, &store.dir().join("layers"))?;
         }
-        for bind in binds {
-            folder.bind(bind)?;
-        }
-        Ok(folder)
+        Ok(())
     }
 
     fn bind(&self, bind: &Bind) -> Result<()> {

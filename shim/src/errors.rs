@@ -28,7 +28,14 @@ pub enum Error {
     Timeout(String),
     /// Anything else: one sentence with its causes.
     #[error("{0:#}")]
-    Failed(#[from] anyhow::Error),
+    Failed(anyhow::Error),
+}
+
+/// Its causes are in its words: one more context does not say them twice.
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// Of every operation on a pod.

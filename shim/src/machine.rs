@@ -14,6 +14,7 @@ use caisson_protocol::record::PodRecord;
 use tokio::sync::OnceCell;
 
 use crate::cri::PodFile;
+use crate::disks::Disks;
 use crate::errors::{Error, Result};
 use crate::network::{self, Network};
 use crate::sandbox::Sandbox;
@@ -43,6 +44,8 @@ pub struct Machine {
     pub config: Config,
     /// The interfaces of the pod's network namespace; none for a pod that has only its own.
     network: OnceCell<Arc<Network>>,
+    /// Its disks.
+    pub disks: Disks,
     /// Held while its size changes and is put on record.
     resizing: tokio::sync::Mutex<()>,
     /// Whether its failure is on record.
@@ -88,6 +91,7 @@ impl Machine {
                 store,
                 config,
                 network: OnceCell::new(),
+                disks: Disks::default(),
                 resizing: tokio::sync::Mutex::default(),
                 failed: AtomicBool::new(false),
             };

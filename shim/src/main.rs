@@ -14,6 +14,7 @@ mod cleanup;
 mod container;
 mod cri;
 mod daemon;
+mod disks;
 mod errors;
 mod events;
 mod exits;

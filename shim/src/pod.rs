@@ -166,6 +166,7 @@ impl Pod {
             lock(&self.machine).take();
             return;
         }
+        machine.disks.release(&machine.sandbox, id).await;
         if let Err(error) = machine.store.change(|record| record.containers.retain(|other| other != id)) {
             log::error!("{error:#}");
         }
@@ -178,7 +179,12 @@ impl Pod {
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
-        let folder = ShareFolder::make(&machine.store, request.id, request.spec, Path::new(request.bundle), request.rootfs, &binds)?;
+        let folder = ShareFolder::make(&machine.store, request.id, &binds)?;
+        // Of a sandbox's nothing is read: a place would be wasted on it.
+        let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
+        if !machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await? {
+            folder.mount_root(&machine.store, request.spec, Path::new(request.bundle), request.rootfs)?;
+        }
         let inner_mounts = folder.inner_mounts(request.id, &binds)?;
         let limits = request.spec.limits();
         if request.spec.kind() != Kind::Sandbox {
@@ -358,7 +364,8 @@ impl Pod {
     }
 
     async fn delete_container(&self, machine: &Machine, id: &str) -> Result<()> {
-        if id == self.id() && self.containers().len() == 1 {
+        let disks = machine.disks.has(id).await;
+        if id == self.id() && self.containers().len() == 1 && !disks {
             // The pod ends here: its files are on the host already, so the machine need not be asked.
             machine.sandbox.kill("the pod was deleted");
         } else if let Err(error) = machine.sandbox.agent.delete(id, "").await
@@ -366,6 +373,7 @@ impl Pod {
         {
             return Err(error);
         }
+        machine.disks.release(&machine.sandbox, id).await;
         self.leave_room(id);
         remove_share_folder(&machine.store.share().join(id))?;
         self.containers().remove(id);

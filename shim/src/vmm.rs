@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use caisson_host::control::{self, Control};
 use caisson_protocol::fs::{self, FsConfig};
-use caisson_protocol::vmm::{BootConfig, Event, Nic, Offer, Request, Stopped};
+use caisson_protocol::vmm::{BootConfig, Disk, Event, Nic, Offer, Request, Stopped};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -18,6 +19,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+
+/// For what a disk was asked to be done before it is closed.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A jailed process at the other end of a control socket.
 pub struct Jailed {
@@ -134,6 +138,8 @@ pub struct Vmm {
     /// MiB of the file of added memory that the guest may hold.
     added: watch::Sender<u64>,
     vcpus: watch::Sender<VcpuCount>,
+    /// The place whose disk was closed last; of one at a time it is asked for.
+    detached: watch::Sender<Option<u32>>,
     streams: Mutex<HashMap<u32, watch::Sender<StreamState>>>,
     running: watch::Sender<bool>,
     ended: watch::Sender<Option<String>>,
@@ -155,6 +161,7 @@ impl Vmm {
             process,
             added: watch::Sender::default(),
             vcpus: watch::Sender::new(Ok(0)),
+            detached: watch::Sender::default(),
             streams: Mutex::default(),
             running: watch::Sender::new(false),
             ended: watch::Sender::new(None),
@@ -192,6 +199,9 @@ impl Vmm {
                 }
                 Ok(Some((Event::AddedMemoryEnd { mib }, _))) => {
                     self.added.send_replace(mib);
+                }
+                Ok(Some((Event::DiskDetached { place }, _))) => {
+                    self.detached.send_replace(Some(place));
                 }
                 Ok(Some((Event::Vcpus(count), _))) => {
                     self.vcpus.send_modify(|now| *now = count);
@@ -256,6 +266,43 @@ impl Vmm {
     /// When the monitor is gone.
     pub async fn attach_nic(&self, nic: Nic, fds: &[BorrowedFd<'_>]) -> Result<()> {
         self.process.send(&Request::AttachNic(nic), fds).await.context("attach a network interface")
+    }
+
+    /// Puts a disk into an empty place of the machine.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn attach_disk(&self, disk: Disk, file: BorrowedFd<'_>) -> Result<()> {
+        self.process.send(&Request::AttachDisk(disk), &[file]).await.context("attach a disk")
+    }
+
+    /// Tells the guest the size of a disk.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn resize_disk(&self, place: u32, bytes: u64) -> Result<()> {
+        self.process.send(&Request::ResizeDisk { place, bytes }, &[]).await.context("resize a disk")
+    }
+
+    /// Takes a disk away, and returns when it is closed.
+    ///
+    /// # Errors
+    /// When that takes too long, as for a disk that does not answer. With the monitor gone it is closed.
+    pub async fn detach_disk(&self, place: u32) -> Result<()> {
+        self.detached.send_replace(None);
+        let (mut detached, mut ended) = (self.detached.subscribe(), self.ended());
+        if self.process.send(&Request::DetachDisk { place }, &[]).await.is_err() {
+            return Ok(());
+        }
+        let closed = async {
+            tokio::select! {
+                _ = detached.wait_for(|last| *last == Some(place)) => {}
+                _ = ended.wait_for(Option::is_some) => {}
+            }
+        };
+        tokio::time::timeout(DETACH_TIMEOUT, closed)
+            .await
+            .with_context(|| format!("detach a disk: it was not closed within {} s", DETACH_TIMEOUT.as_secs()))
     }
 
     /// Lets the guest have so much added memory.

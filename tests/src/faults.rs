@@ -1,9 +1,9 @@
 //! What happens when something is killed, missing, broken, full or too small.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::Test;
+use crate::containerd::Containerd;
 use crate::ctr::{IMAGE, Output, Pod, RUNTIME, ctr, ctr_ok, id, run, run_pod};
 use crate::host::{Inventory, assert_nothing_left};
 
@@ -249,36 +249,11 @@ fn a_full_run_folder_is_one_clear_sentence() {
 
 fn older_containerds_work_with_the_same_binary() {
     for version in ["1.6", "1.7", "2"] {
-        let bin = format!("/opt/containerd/{version}/bin");
-        assert!(Path::new(&bin).join("containerd").exists(), "the node has no containerd {version}");
-        // A state folder of its own: an older containerd does not read a newer one's database.
-        let script = format!(
-            "set -e; rm -rf /tmp/c{version}; mkdir /tmp/c{version}; mount -t tmpfs t /tmp/c{version}; \
-             printf 'version = 2\\nroot = \"/tmp/c{version}/root\"\\nstate = \"/tmp/c{version}/state\"\\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\\n[grpc]\\n  address = \"/tmp/c{version}/sock\"\\n' > /tmp/c{version}/config.toml; \
-             PATH={bin}:$PATH setsid {bin}/containerd --config /tmp/c{version}/config.toml > /tmp/c{version}/log 2>&1 & \
-             n=0; until {bin}/ctr -a /tmp/c{version}/sock version > /dev/null 2>&1; do sleep 0.2; n=$((n+1)); [ $n -lt 200 ]; done; \
-             {bin}/ctr -a /tmp/c{version}/sock images import /usr/lib/node/busybox.tar > /dev/null"
-        );
-        let started = run("bash", &["-c", &script]);
-        assert_eq!(started.code, 0, "containerd {version}: {started:?}");
-        let ctr = format!("{bin}/ctr");
-        let output = run(
-            &ctr,
-            &[
-                "-a",
-                &format!("/tmp/c{version}/sock"),
-                "run",
-                "--rm",
-                "--runtime",
-                RUNTIME,
-                IMAGE,
-                &id("old"),
-                "sh",
-                "-c",
-                "echo from $(uname -s); exit 5",
-            ],
-        );
-        run("bash", &["-c", &format!("pkill -f 'config /tmp/c{version}/config.toml'; sleep 1; umount -l /tmp/c{version}")]);
+        let containerd = Containerd::start(version, "", "");
+        let imported = containerd.ctr(&["images", "import", "/usr/lib/node/busybox.tar"]);
+        assert_eq!(imported.code, 0, "containerd {version}: {imported:?}");
+        let command = ["sh", "-c", "echo from $(uname -s); exit 5"];
+        let output = containerd.ctr(&[&["run", "--rm", "--runtime", RUNTIME, IMAGE, &id("old")], &command[..]].concat());
         assert_eq!((output.code, output.stdout.as_str()), (5, "from Linux\n"), "containerd {version}: {output:?}");
     }
     // The node's own still answers.

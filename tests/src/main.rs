@@ -5,9 +5,11 @@
 //! the host) run alone, after the others.
 
 mod bench;
+mod containerd;
 mod cri;
 mod ctr;
 mod deploy;
+mod disks;
 mod faults;
 mod fire;
 mod host;
@@ -64,6 +66,7 @@ fn main() {
         streaming::TESTS,
         resize::TESTS,
         volumes::TESTS,
+        disks::TESTS,
         deploy::TESTS,
         faults::TESTS,
     ]
@@ -73,7 +76,10 @@ fn main() {
     ctr::run_pod(&[], &["true"]);
     let alone = libtest_mimic::run(
         &arguments,
-        trials(&[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, deploy::ALONE, fire::ALONE, sequences::ALONE].concat()),
+        trials(
+            &[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, disks::ALONE, deploy::ALONE, fire::ALONE, sequences::ALONE]
+                .concat(),
+        ),
     );
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {

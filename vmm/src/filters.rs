@@ -29,22 +29,36 @@ const RUNTIME: &[Allow] = &[
     Call(libc::SYS_write),
 ];
 
-/// Requests of the shim; `KVM_SET_USER_MEMORY_REGION` for one of them.
-const CONTROL: &[Allow] = &[Call(libc::SYS_recvmsg), CallWith(libc::SYS_ioctl, 1, &[0x4020_ae46])];
+/// Requests of the shim; for some of them `KVM_SET_USER_MEMORY_REGION`, `KVM_IRQFD` and `KVM_IOEVENTFD`.
+const CONTROL: &[Allow] =
+    &[Call(libc::SYS_eventfd2), CallWith(libc::SYS_ioctl, 1, &[0x4020_ae46, 0x4020_ae76, 0x4040_ae79]), Call(libc::SYS_recvmsg)];
 
 /// `KVM_RUN`, and the vhost-user conversation of a device's activation.
 const VCPU: &[Allow] =
     &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]), Call(libc::SYS_recvmsg)];
 
-/// What makes a vCPU and the next spare thread (see `vcpus`): `KVM_CREATE_VCPU`, `KVM_SET_CPUID2`,
-/// `KVM_SET_MSRS`, `KVM_GET_LAPIC`, `KVM_SET_LAPIC`; a thread's start, its name, its filter.
-const SPARE: &[Allow] = &[
-    CallWith(libc::SYS_ioctl, 1, &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x8400_ae8e, 0x4400_ae8f]),
+/// What makes a vCPU: `KVM_CREATE_VCPU`, `KVM_SET_CPUID2`, `KVM_SET_MSRS`, `KVM_GET_LAPIC`, `KVM_SET_LAPIC`.
+const SPARE: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x8400_ae8e, 0x4400_ae8f])];
+
+/// A thread's start, its name, its filter. What it may do, who starts it may do: filters add up.
+const THREADS: &[Allow] = &[
     Call(libc::SYS_clone3),
+    Call(libc::SYS_gettid),
     Call(libc::SYS_rseq),
     Call(libc::SYS_set_robust_list),
     CallWith(libc::SYS_prctl, 0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64]),
     CallWith(libc::SYS_seccomp, 0, &[libc::SECCOMP_SET_MODE_FILTER as u64]),
+];
+
+/// A disk's requests.
+const DISK: &[Allow] = &[
+    // By which a debug build checks what it closes.
+    CallWith(libc::SYS_fcntl, 1, &[libc::F_GETFD as u64]),
+    Call(libc::SYS_poll),
+    Call(libc::SYS_preadv),
+    Call(libc::SYS_pwritev),
+    Call(libc::SYS_fdatasync),
+    Call(libc::SYS_fallocate),
 ];
 
 /// Queues and streams.
@@ -78,9 +92,14 @@ const IO: &[Allow] = &[
     Call(libc::SYS_writev),
 ];
 
-/// Restricts the main thread, which receives requests.
+/// Restricts the main thread, which receives requests and starts the threads of disks.
 pub fn control() -> Result<(), SeccompError> {
-    install("the control thread", &[RUNTIME, CONTROL])
+    install("the control thread", &[RUNTIME, CONTROL, THREADS, DISK])
+}
+
+/// Restricts a thread that serves a disk's queue.
+pub fn disk() -> Result<(), SeccompError> {
+    install("a disk's thread", &[RUNTIME, DISK])
 }
 
 /// Restricts a vCPU's thread.
@@ -90,7 +109,7 @@ pub fn vcpu() -> Result<(), SeccompError> {
 
 /// Restricts the thread that will be the next vCPU's.
 pub fn spare_vcpu() -> Result<(), SeccompError> {
-    install("the spare vCPU thread", &[RUNTIME, VCPU, SPARE])
+    install("the spare vCPU thread", &[RUNTIME, VCPU, SPARE, THREADS])
 }
 
 /// Restricts the thread that serves queues and streams.
@@ -101,6 +120,13 @@ pub fn io() -> Result<(), SeccompError> {
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};
+    use std::sync::Arc;
+
+    use caisson_host::control::Control;
+    use caisson_protocol::vmm::Event;
+
+    use crate::devices::blk::Place;
+    use crate::devices::blk::request::tests::{disk, file};
 
     const CHILD: &str = "CAISSON_TEST_FILTERED";
 
@@ -133,6 +159,19 @@ mod tests {
                 }
             });
             thread.join().unwrap();
+        }));
+    }
+
+    #[test]
+    fn the_control_thread_can_start_and_end_the_threads_of_a_disk() {
+        assert!(survives("the_control_thread_can_start_and_end_the_threads_of_a_disk", || {
+            let (shim, control) = Control::pair().unwrap();
+            let (place, control) = (Place::default(), Arc::new(control));
+            let (disk, file) = (disk(false), file());
+            super::control().unwrap();
+            place.attach(disk, file, 4, &control).unwrap();
+            place.detach();
+            assert!(shim.receive::<Event>(true).unwrap().is_some());
         }));
     }
 

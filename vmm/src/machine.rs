@@ -1,6 +1,7 @@
 //! The machine: KVM, memory, devices and vCPUs, put together in the order that they need.
 #![expect(unsafe_code, reason = "KVM takes guest memory by address, and its descriptor by number")]
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,7 +10,8 @@ use std::sync::mpsc::Sender;
 
 use anyhow::{Context, Result, ensure};
 use caisson_host::control::Control;
-use caisson_protocol::vmm::{ADDED_MIB_STEP, BootConfig, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
+use caisson_protocol::guest::{FIRST_DISK_DEVICE, FIRST_NIC_DEVICE};
+use caisson_protocol::vmm::{ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISKS, Disk, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
@@ -17,7 +19,7 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use crate::devices::io_thread::{Attached, Command, Commands, IoThread};
 use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::serial::Serial;
-use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, balloon, fs, mem, net, rng, vsock};
+use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, balloon, blk, fs, mem, net, rng, vsock};
 use crate::memory::{self, GuestMemory, Layout, MMIO_START};
 use crate::vcpus::{Surroundings, Vcpus};
 use crate::{kernel, mptable, vcpu};
@@ -26,6 +28,8 @@ use crate::{kernel, mptable, vcpu};
 const KVM_API_VERSION: i32 = 12;
 /// First interrupt line for devices; those below belong to the PC.
 const FIRST_IRQ: u32 = 5;
+/// Lines that disks share: those of the IOAPIC that the devices before them leave.
+const DISK_IRQS: std::ops::Range<u32> = FIRST_IRQ + FIRST_DISK_DEVICE..mptable::IRQS as u32;
 /// Interrupt line of the first serial port.
 const SERIAL_IRQ: u32 = 4;
 /// Three pages that Intel's VMX needs to run real mode, out of everything's way.
@@ -56,7 +60,7 @@ pub struct Machine {
     vcpus: Vcpus,
     io: IoThread,
     commands: Commands,
-    nics: Nics,
+    places: Places,
     added: Arc<mem::Shared>,
     vm: Arc<VmFd>,
 }
@@ -65,8 +69,8 @@ pub struct Machine {
 pub struct Running {
     /// The way to the device thread.
     pub commands: Commands,
-    /// The places for network interfaces.
-    pub nics: Nics,
+    places: Places,
+    bus: Arc<Bus>,
     /// The memory that is added.
     added: Arc<mem::Shared>,
     /// Takes how many vCPUs there are to be.
@@ -79,6 +83,49 @@ pub struct Running {
 }
 
 impl Running {
+    /// Puts an interface into an empty place; the guest finds it when it looks again.
+    ///
+    /// # Errors
+    /// When there is no such place, or it is not empty.
+    pub fn attach_nic(&mut self, nic: Nic, attached: Attached) -> Result<()> {
+        let index = nic.place as usize;
+        let place = self.places.nics.get(index).with_context(|| format!("network interface {index}: there are {NICS} places"))?.clone();
+        self.connect(FIRST_NIC_DEVICE + nic.place)?;
+        // The tap first: once the device appears its driver may come at any time.
+        self.commands.send(Command::AttachTap(index, attached))?;
+        ensure!(place.attach(nic), "network interface {index}: its place is taken");
+        Ok(())
+    }
+
+    /// Puts a disk into an empty place; the guest finds it when it looks again.
+    ///
+    /// # Errors
+    /// When there is no such place, it is not empty, or the disk is none that can be.
+    pub fn attach_disk(&mut self, disk: Disk, file: File, control: &Arc<Control>) -> Result<()> {
+        let index = disk.place;
+        let place = self.disk(index)?.clone();
+        ensure!(BLOCK_SIZES.contains(&disk.block_size), "disk {index}: blocks of {} bytes; allowed is {BLOCK_SIZES:?}", disk.block_size);
+        let queues = self.connect(FIRST_DISK_DEVICE + index)?;
+        place.attach(disk, file, queues, control).with_context(|| format!("disk {index}"))
+    }
+
+    /// The place for a disk.
+    ///
+    /// # Errors
+    /// When there is no such place.
+    pub fn disk(&self, index: u32) -> Result<&blk::Place> {
+        self.places.disks.get(index as usize).with_context(|| format!("disk {index}: there are {DISKS} places"))
+    }
+
+    /// Lets KVM know of a place's interrupt and notifications; returns how many of these it has.
+    fn connect(&mut self, device: u32) -> Result<usize> {
+        let transport = self.bus.transport(device as usize).with_context(|| format!("device {device} does not exist"))?;
+        if self.places.connected.insert(device) {
+            connect(&self.vm, &transport, &slot(device))?;
+        }
+        Ok(transport.kicks().len())
+    }
+
     /// Asks the guest to have so much memory added.
     ///
     /// # Errors
@@ -105,22 +152,13 @@ impl Running {
     }
 }
 
-/// The places for network interfaces.
-pub struct Nics(Vec<net::Place>);
-
-impl Nics {
-    /// Puts an interface into an empty place; the guest finds it when it looks again.
-    ///
-    /// # Errors
-    /// When there is no such place, or it is not empty.
-    pub fn attach(&self, nic: Nic, attached: Attached, commands: &Commands) -> Result<()> {
-        let index = nic.place as usize;
-        let place = self.0.get(index).with_context(|| format!("network interface {index}: there are {NICS} places"))?;
-        // The tap first: once the device appears its driver may come at any time.
-        commands.send(Command::AttachTap(index, attached))?;
-        ensure!(place.attach(nic), "network interface {index}: its place is taken");
-        Ok(())
-    }
+/// The places for what a pod gets after its start.
+#[derive(Default)]
+struct Places {
+    nics: [net::Place; NICS as usize],
+    disks: [blk::Place; DISKS as usize],
+    /// Those whose interrupt and notifications KVM knows.
+    connected: HashSet<u32>,
 }
 
 impl Machine {
@@ -140,24 +178,25 @@ impl Machine {
         let added = mem::Shared::new(layout.added_start(), layout.added);
         let (io, commands) = IoThread::new(Arc::clone(&added)).context("create the device thread")?;
         let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs)).context("connect to the virtio-fs server")?;
-        let nics = Nics((0..NICS).map(|_| net::Place::default()).collect());
+        let places = Places::default();
         let mut transports = vec![
             MmioTransport::new(Box::new(vhost_fs), memory.clone())?,
             MmioTransport::new(Box::new(vsock::Vsock::new(commands.clone())), memory.clone())?,
             MmioTransport::new(Box::new(rng::Rng::new(commands.clone())), memory.clone())?,
         ];
-        for (index, place) in nics.0.iter().enumerate() {
+        for (index, place) in places.nics.iter().enumerate() {
             let device = net::Net::new(index, place.clone(), commands.clone());
             transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
         }
         transports.push(MmioTransport::new(Box::new(mem::Mem::new(Arc::clone(&added), commands.clone())), memory.clone())?);
         let balloon = balloon::Balloon::new(commands.clone(), config.report_free_memory);
         transports.push(MmioTransport::new(Box::new(balloon), memory.clone())?);
-        let slots: Vec<DeviceSlot> = (0u32..)
-            .take(transports.len())
-            .map(|index| DeviceSlot { base: MMIO_START + u64::from(index) * MMIO_SIZE, irq: FIRST_IRQ + index })
-            .collect();
-        for (transport, slot) in transports.iter().zip(&slots) {
+        for place in &places.disks {
+            let device = blk::Blk::new(place.clone(), config.max_vcpus);
+            transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
+        }
+        let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(slot).collect();
+        for ((transport, slot), _) in transports.iter().zip(&slots).zip(0..).filter(|(_, device)| !is_place(*device)) {
             connect(&vm, transport, slot)?;
         }
         let serial = files.console.map(Serial::new).transpose().context("create the serial console")?;
@@ -172,7 +211,7 @@ impl Machine {
         let vcpus = Vcpus::new(&kvm, Arc::clone(&vm), config)?;
         let first_vcpus = (0..config.vcpus as u8).map(|index| vcpus.make(index, (index == 0).then_some(entry))).collect::<Result<_>>()?;
         let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial)) };
-        Ok(Self { around, first_vcpus, vcpus, io, commands, nics, added, vm })
+        Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, vm })
     }
 
     /// Starts the device thread and the vCPUs.
@@ -180,12 +219,13 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be started.
     pub fn start(self) -> Result<Running> {
-        let Self { around, first_vcpus, vcpus, io, commands, nics, added, vm } = self;
+        let Self { around, first_vcpus, vcpus, io, commands, places, added, vm } = self;
+        let bus = Arc::clone(&around.bus);
         io.spawn(Arc::clone(&around.control)).context("start the device thread")?;
         let (memory, layout) = (around.memory.clone(), around.layout);
         let room = (layout.added > 0).then(|| (memory.num_regions() as u32 - 1, GuestAddress(layout.added_start())));
         let wanted_vcpus = vcpus.start(first_vcpus, around)?;
-        Ok(Running { commands, nics, added, wanted_vcpus, memory, room, vm })
+        Ok(Running { commands, places, bus, added, wanted_vcpus, memory, room, vm })
     }
 }
 
@@ -238,6 +278,20 @@ fn give_memory(vm: &VmFd, memory: &GuestMemory, slot: u32, start: GuestAddress) 
     };
     // SAFETY: the mapping is that of `memory`, which Machine and its threads keep to the process's end.
     unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")
+}
+
+/// Where a device is, by its number.
+const fn slot(device: u32) -> DeviceSlot {
+    let irq = match device.checked_sub(FIRST_DISK_DEVICE) {
+        Some(disk) => DISK_IRQS.start + disk % (DISK_IRQS.end - DISK_IRQS.start),
+        None => FIRST_IRQ + device,
+    };
+    DeviceSlot { base: MMIO_START + device as u64 * MMIO_SIZE, irq }
+}
+
+/// Whether a device, by its number, is a place for what may come later: KVM need not know of it before.
+const fn is_place(device: u32) -> bool {
+    device >= FIRST_DISK_DEVICE || (device >= FIRST_NIC_DEVICE && device < FIRST_NIC_DEVICE + NICS)
 }
 
 /// Lets KVM deliver a device's notifications and interrupts by eventfd.

@@ -113,7 +113,7 @@ fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
 }
 
 /// Hands requests to the thread that owns the streams, until the shim is gone.
-fn serve(control: &Control, running: &mut Running) -> Result<()> {
+fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
     while let Some((request, fds)) = control.receive(true).context("receive a request")? {
         match request {
             Request::Boot(_) => bail!("the shim asked twice to boot"),
@@ -133,8 +133,14 @@ fn serve(control: &Control, running: &mut Running) -> Result<()> {
                 let mut fds = fds.into_iter().map(File::from);
                 let tap = fds.next().context("a network interface came without its tap")?;
                 let vhost = if nic.vhost { Some(fds.next().context("a network interface came without its server")?) } else { None };
-                running.nics.attach(nic, Attached { tap, vhost }, &running.commands)?;
+                running.attach_nic(nic, Attached { tap, vhost })?;
             }
+            Request::AttachDisk(disk) => {
+                let file = fds.into_iter().next().context("a disk came without its file")?;
+                running.attach_disk(disk, file.into(), control)?;
+            }
+            Request::ResizeDisk { place, bytes } => running.disk(place)?.resize(bytes),
+            Request::DetachDisk { place } => running.disk(place)?.detach(),
             Request::AddMemory { mib } => running.add_memory(mib)?,
             Request::AddVcpus { vcpus } => running.add_vcpus(control, vcpus)?,
         }

@@ -33,6 +33,7 @@ use nix::unistd::{ForkResult, Pid, fork};
 use oci_spec::runtime::{Process, Spec};
 use serde::{Deserialize, Serialize};
 
+pub use self::mounts::flags_and_data;
 pub use self::namespaces::id_map;
 use crate::cgroup::Cgroup;
 

@@ -72,6 +72,12 @@ struct Options<'a> {
     data: Vec<&'a str>,
 }
 
+/// The flags and the file system's own options among those of a mount.
+pub fn flags_and_data(options: &[String]) -> (MsFlags, String) {
+    let options = Options::parse(options);
+    (options.flags, options.data.join(","))
+}
+
 impl<'a> Options<'a> {
     fn parse(options: &'a [String]) -> Self {
         let none = Attributes::default();

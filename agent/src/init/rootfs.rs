@@ -5,6 +5,7 @@
 //! old root, which is let go at the end.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
@@ -12,9 +13,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use caisson_sys::mounts::{self as trees, Attributes};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknod};
+use nix::sys::stat::{Mode, SFlag, fstatat, major, makedev, minor, mknod};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
 
@@ -205,12 +206,22 @@ fn make_device(path: &Path, kind: SFlag, number: libc::dev_t, mode: u32, old_roo
         }
         Err(Errno::EEXIST) => Ok(()),
         Err(Errno::EPERM) => {
-            let source = Path::new(".").join(path.strip_prefix("/").unwrap_or(path));
+            let source =
+                Path::new("./dev").join(node_name(kind, number, old_root).with_context(|| format!("find device {}", path.display()))?);
             let node = trees::open_tree(old_root.as_fd(), &source, false).with_context(|| format!("find device {}", path.display()))?;
             trees::move_mount_onto(&node, &inside::ensure(path, false)?).with_context(|| format!("bind {}", path.display()))
         }
         Err(errno) => Err(errno).with_context(|| format!("make device {}", path.display())),
     }
+}
+
+/// The guest's own name for a device.
+fn node_name(kind: SFlag, number: libc::dev_t, old_root: &OwnedFd) -> Result<String> {
+    let kind = if kind == SFlag::S_IFBLK { "block" } else { "char" };
+    let entry = format!("sys/dev/{kind}/{}:{}/uevent", major(number), minor(number));
+    let mut text = String::new();
+    File::from(openat(old_root, Path::new(&entry), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?).read_to_string(&mut text)?;
+    text.lines().find_map(|line| line.strip_prefix("DEVNAME=")).map(str::to_owned).context("it has no name")
 }
 
 /// Sets the parameters of the pod's network, which is the machine's: a container's own root may not

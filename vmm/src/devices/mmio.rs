@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A driver may reset the device as often as it likes before DRIVER_OK. After that the queues
-//! belong to the device's thread or server, and a reset marks the device as broken: our guest's
-//! drivers are built in and never let go of a device.
+//! belong to the device's thread or server, which a disk's gives back; of other devices our guest's
+//! drivers never let go, and a reset marks them as broken.
 
 use std::sync::Arc;
 
@@ -183,7 +183,7 @@ impl MmioTransport {
     fn set_status(&mut self, value: u32) {
         let was = self.state.status;
         if value == 0 {
-            if was & DRIVER_OK == 0 {
+            if was & DRIVER_OK == 0 || self.device.reset() {
                 self.state = State { queues: vec![QueueState::default(); self.state.queues.len()], ..State::default() };
             } else {
                 self.state.status |= NEEDS_RESET;

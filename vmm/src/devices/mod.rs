@@ -6,6 +6,7 @@
 //! know nothing of KVM or of the shim.
 
 pub mod balloon;
+pub mod blk;
 pub mod fs;
 pub mod io_thread;
 pub mod mem;
@@ -18,8 +19,8 @@ pub mod vhost;
 pub mod vhost_net;
 pub mod vsock;
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -108,7 +109,8 @@ pub struct ActivateError {
 /// A virtio device, as the transport sees it.
 ///
 /// Life cycle: the transport reads identity, features and configuration at any time; it calls
-/// [`VirtioDevice::activate`] once, when the driver is ready and the queues are valid.
+/// [`VirtioDevice::activate`] when the driver is ready and the queues are valid, and not again until
+/// [`VirtioDevice::reset`] has given the queues back.
 pub trait VirtioDevice: Send {
     /// Device id (virtio 1.2, 5).
     fn id(&self) -> u32;
@@ -124,6 +126,10 @@ pub trait VirtioDevice: Send {
     }
     /// Takes the device into service.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// Takes an active device out of service; false when that cannot be.
+    fn reset(&mut self) -> bool {
+        false
+    }
 }
 
 /// Copies the part of a configuration space that a read asks for.
@@ -149,6 +155,11 @@ impl Bus {
     /// A bus with these devices, in windows from [`MMIO_START`] on.
     pub fn new(transports: Vec<MmioTransport>, serial: Option<Serial>) -> Self {
         Self { transports: transports.into_iter().map(Mutex::new).collect(), serial: serial.map(Mutex::new) }
+    }
+
+    /// A device, by the number of its window.
+    pub fn transport(&self, index: usize) -> Option<MutexGuard<'_, MmioTransport>> {
+        self.transports.get(index).map(lock)
     }
 
     fn device(&self, address: u64) -> Option<(&Mutex<MmioTransport>, u64)> {
@@ -194,7 +205,7 @@ impl Bus {
 }
 
 /// A thread that panicked ends the process (`panic = "abort"`), so no lock is ever poisoned.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

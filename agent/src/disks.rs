@@ -1,0 +1,100 @@
+//! Disks that the host puts into the machine's places and takes away again: found, mounted, let go.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use caisson_protocol::agent::{AttachDiskRequest, DiskMount};
+use caisson_protocol::guest::{DISKS_DIR, FIRST_DISK_DEVICE};
+use caisson_protocol::vmm::DISKS;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, mount, umount2};
+
+use crate::init::flags_and_data;
+use crate::machine;
+
+/// For the last process of a container to be gone that used its files.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+const INTERVAL: Duration = Duration::from_millis(5);
+
+/// The disks, by their places, with where they are mounted.
+#[derive(Default)]
+pub struct Disks(HashMap<u32, Option<PathBuf>>);
+
+impl Disks {
+    /// Finds the disk in a place, and mounts it when it is to be; returns its device's numbers.
+    ///
+    /// # Errors
+    /// What could not be found or mounted, and why; then the place is as it was.
+    pub fn attach(&mut self, request: &AttachDiskRequest) -> Result<(u32, u32)> {
+        let place = request.place;
+        ensure!(place < DISKS && !self.0.contains_key(&place), "disk {place}: there are {DISKS} places, each for one disk");
+        machine::find_device(device(place))?;
+        self.0.insert(place, None);
+        let attached = self.mount(place, request.mount.as_ref());
+        if attached.is_err() {
+            // Why it failed comes first.
+            let _ = self.detach(place);
+        }
+        attached
+    }
+
+    fn mount(&mut self, place: u32, wanted: Option<&DiskMount>) -> Result<(u32, u32)> {
+        let found = machine::class_dir(device(place), "block").context("find the disk")?;
+        let numbers = std::fs::read_to_string(found.join("dev")).context("read its numbers")?;
+        let numbers = numbers.trim().split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+        if let Some(wanted) = wanted {
+            let source = Path::new("/dev").join(found.file_name().context("it has no name")?);
+            let target = target(wanted)?;
+            std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
+            let (flags, data) = flags_and_data(&wanted.options);
+            mount(Some(&source), &target, Some(wanted.type_.as_str()), flags, Some(data.as_str())).with_context(|| {
+                format!("mount the {} file system of disk {} (options {:?})", wanted.type_, wanted.name, wanted.options.join(","))
+            })?;
+            self.0.insert(place, Some(target));
+        }
+        numbers.context("its numbers are none")
+    }
+
+    /// Unmounts the disk in a place, so that everything is on it, and lets go of it.
+    ///
+    /// # Errors
+    /// When there is none, or it is in use: then it is let go all the same.
+    pub fn detach(&mut self, place: u32) -> Result<()> {
+        let target = self.0.remove(&place).with_context(|| format!("disk {place}: it is not there"))?;
+        let unmounted = target.map_or(Ok(()), |target| unmount(&target));
+        machine::forget_device(device(place)).and(unmounted)
+    }
+}
+
+fn device(place: u32) -> u32 {
+    FIRST_DISK_DEVICE + place
+}
+
+/// Where a disk is mounted; both names are plain.
+fn target(wanted: &DiskMount) -> Result<PathBuf> {
+    for name in [&wanted.container, &wanted.name] {
+        ensure!(!name.is_empty() && !name.starts_with('.') && !name.contains('/'), "{name:?} is no name of a disk");
+    }
+    Ok(Path::new(DISKS_DIR).join(&wanted.container).join(&wanted.name))
+}
+
+fn unmount(target: &Path) -> Result<()> {
+    let begin = Instant::now();
+    let unmounted = loop {
+        match umount2(target, MntFlags::empty()) {
+            Err(Errno::EBUSY) if begin.elapsed() < BUSY_TIMEOUT => std::thread::sleep(INTERVAL),
+            Err(Errno::EBUSY) => {
+                nix::unistd::sync();
+                // Whoever still uses it has errors from now on.
+                break umount2(target, MntFlags::MNT_DETACH).and(Err(Errno::EBUSY));
+            }
+            outcome => break outcome,
+        }
+    };
+    // The container's folder goes with its last disk.
+    let _ = std::fs::remove_dir(target);
+    let _ = target.parent().map(std::fs::remove_dir);
+    unmounted.with_context(|| format!("unmount {}", target.display()))
+}

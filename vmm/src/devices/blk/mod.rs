@@ -1,0 +1,301 @@
+//! The block device (virtio 1.2, 5.2): a disk or a file of the host, as a disk of the guest.
+//!
+//! A machine has a few empty places for disks, as it has for network interfaces (see `net`): a pod's
+//! volumes are known only when its containers are made. A disk can be taken away again, and its
+//! place be used for another one.
+//!
+//! ```text
+//! empty -> attached (id 2) -> in service (the driver is ready)
+//!   ^---------- any <---------'   `-> attached (the driver has reset it)
+//! ```
+//!
+//! Each queue has a thread of its own, which reads and writes guest memory directly: as many
+//! requests are under way as there are queues. Why no `io_uring`: docs/decisions/010.
+#![expect(unsafe_code, reason = "a descriptor is borrowed from a type that does not lend it")]
+
+pub mod request;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use caisson_host::control::Control;
+use caisson_protocol::vmm::{Disk, Stopped};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::request::{Backing, MAX_RANGE, SECTOR, answer};
+use super::mmio::QUEUE_FEATURES;
+use super::queue::ActiveQueue;
+use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
+use crate::filters;
+use crate::machine::stop;
+use crate::memory::GuestMemory;
+
+const DEVICE_ID: u32 = 2;
+const QUEUE_SIZE: u16 = 128;
+/// The most queues of a disk; a machine with fewer vCPUs has as many.
+const MAX_QUEUES: u32 = 4;
+/// Feature bits (5.2.3).
+const F_SEG_MAX: u32 = 2;
+const F_RO: u32 = 5;
+const F_BLK_SIZE: u32 = 6;
+const F_FLUSH: u32 = 9;
+const F_MQ: u32 = 12;
+const F_DISCARD: u32 = 13;
+const F_WRITE_ZEROES: u32 = 14;
+/// Buffers of a request beside its header and its outcome.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+/// A place for a disk, shared by the device's front and the thread that attaches.
+#[derive(Clone, Default)]
+pub struct Place(Arc<Mutex<Option<Attached>>>);
+
+/// The disk in a place.
+struct Attached {
+    disk: Disk,
+    backing: Arc<Backing>,
+    workers: Vec<Worker>,
+    /// Of the driver that is ready.
+    service: Option<Service>,
+}
+
+/// A thread that serves one queue at a time.
+struct Worker {
+    work: Sender<QueueServer>,
+    stop: Arc<EventFd>,
+}
+
+/// A driver that is ready.
+struct Service {
+    interrupt: Arc<Interrupt>,
+    /// Disconnected once a queue is let go.
+    done: Vec<Receiver<()>>,
+}
+
+impl Place {
+    /// Makes a disk appear, with a thread for each queue.
+    ///
+    /// # Errors
+    /// When one is there already, or a thread cannot be started.
+    pub fn attach(&self, disk: Disk, file: File, queues: usize, control: &Arc<Control>) -> io::Result<()> {
+        let mut place = lock(&self.0);
+        if place.is_some() {
+            return Err(io::Error::other("its place is taken"));
+        }
+        let backing = Arc::new(Backing::new(&disk, file, Arc::clone(control)));
+        let workers = (0..queues).map(|queue| Worker::start(disk.place, queue, control)).collect::<io::Result<_>>()?;
+        *place = Some(Attached { disk, backing, workers, service: None });
+        Ok(())
+    }
+
+    /// Takes the disk away, whatever its driver thinks of that; once no request is under way any more it
+    /// is closed, and the shim hears of it.
+    pub fn detach(&self) {
+        if let Some(attached) = lock(&self.0).take() {
+            attached.workers.iter().for_each(Worker::stop);
+        }
+    }
+
+    /// Tells the driver that the disk has another size, in bytes.
+    pub fn resize(&self, bytes: u64) {
+        if let Some(attached) = &*lock(&self.0) {
+            attached.backing.resize(bytes);
+            attached.service.iter().for_each(|service| service.interrupt.config());
+        }
+    }
+}
+
+impl Worker {
+    fn start(place: u32, queue: usize, control: &Arc<Control>) -> io::Result<Self> {
+        let (work, queues) = channel::<QueueServer>();
+        let stopped = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let (stopping, control) = (Arc::clone(&stopped), Arc::clone(control));
+        std::thread::Builder::new().name(format!("disk{place}.{queue}")).spawn(move || {
+            if let Err(error) = filters::disk() {
+                stop(&control, Stopped::Failed(format!("{:#}", anyhow::Error::from(error))));
+            }
+            while let Ok(mut server) = queues.recv() {
+                server.serve_until(&stopping);
+            }
+        })?;
+        Ok(Self { work, stop: stopped })
+    }
+
+    fn stop(&self) {
+        // A full counter says the same.
+        let _ = self.stop.write(1);
+    }
+}
+
+/// The device's front; each queue is served by a thread.
+pub struct Blk {
+    queue_sizes: Vec<u16>,
+    place: Place,
+}
+
+impl Blk {
+    /// The device of a place, for a machine with at most so many vCPUs.
+    pub fn new(place: Place, max_vcpus: u32) -> Self {
+        Self { queue_sizes: vec![QUEUE_SIZE; max_vcpus.clamp(1, MAX_QUEUES) as usize], place }
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn id(&self) -> u32 {
+        if lock(&self.place.0).is_some() { DEVICE_ID } else { 0 }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = lock(&self.place.0).as_ref().is_some_and(|attached| attached.disk.read_only);
+        let kind = if read_only { 1 << F_RO } else { 1 << F_DISCARD | 1 << F_WRITE_ZEROES };
+        QUEUE_FEATURES | 1 << F_SEG_MAX | 1 << F_BLK_SIZE | 1 << F_FLUSH | 1 << F_MQ | kind
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; 60];
+        if let Some(attached) = &*lock(&self.place.0) {
+            let mut set = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+            // `struct virtio_blk_config` (5.2.4).
+            set(0, &attached.backing.sectors().to_le_bytes());
+            set(12, &SEG_MAX.to_le_bytes());
+            set(20, &attached.disk.block_size.to_le_bytes());
+            set(34, &(self.queue_sizes.len() as u16).to_le_bytes());
+            // Of ranges to discard, and of those to clear: their most sectors and number, and for the
+            // former their alignment, for the latter that they may be given back.
+            set(36, &MAX_RANGE.to_le_bytes());
+            set(40, &1u32.to_le_bytes());
+            set(44, &(attached.disk.block_size / SECTOR as u32).to_le_bytes());
+            set(48, &MAX_RANGE.to_le_bytes());
+            set(52, &1u32.to_le_bytes());
+            set(56, &[1]);
+        }
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn config_generation(&self) -> u32 {
+        lock(&self.place.0).as_ref().map_or(0, |attached| attached.backing.generation())
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let failed = |reason: &str| ActivateError { device: "block", source: io::Error::other(reason) };
+        let mut place = lock(&self.place.0);
+        let attached = place.as_mut().ok_or_else(|| failed("there is no disk"))?;
+        let Activation { queues, memory, interrupt, .. } = activation;
+        let mut done = Vec::new();
+        for (queue, worker) in queues.into_iter().zip(&attached.workers) {
+            let (alive, ended) = channel();
+            let (memory, interrupt, backing) = (memory.clone(), Arc::clone(&interrupt), Arc::clone(&attached.backing));
+            let server = QueueServer { queue, memory, interrupt, backing, _alive: alive };
+            worker.work.send(server).map_err(|_| failed("its thread is gone"))?;
+            done.push(ended);
+        }
+        attached.service = Some(Service { interrupt, done });
+        Ok(())
+    }
+
+    fn reset(&mut self) -> bool {
+        let service = {
+            let mut place = lock(&self.place.0);
+            place.as_mut().and_then(|attached| {
+                let service = attached.service.take()?;
+                attached.workers.iter().for_each(Worker::stop);
+                Some(service)
+            })
+        };
+        // The driver may use its memory for something else when the reset is over (2.4.2). It waits for
+        // requests that are under way, as it would for a disk, and nobody else does.
+        service.into_iter().flat_map(|service| service.done).for_each(|done| {
+            // It never sends: it hangs up.
+            let _ = done.recv();
+        });
+        true
+    }
+}
+
+/// A queue in service.
+struct QueueServer {
+    queue: ActiveQueue,
+    memory: GuestMemory,
+    interrupt: Arc<Interrupt>,
+    backing: Arc<Backing>,
+    _alive: Sender<()>,
+}
+
+impl QueueServer {
+    fn serve_until(&mut self, stop: &EventFd) {
+        loop {
+            // SAFETY: both outlive this turn of the loop.
+            let [kick, stopped] = [self.queue.kick(), stop].map(|fd| unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) });
+            let mut ready = [kick, stopped].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            // Interrupted, it looks again.
+            let _ = poll(&mut ready, PollTimeout::NONE);
+            if stop.read().is_ok() {
+                return;
+            }
+            self.serve();
+        }
+    }
+
+    fn serve(&mut self) {
+        self.queue.clear_kick();
+        while let Some(chain) = self.queue.next(&self.memory) {
+            let head = chain.head_index();
+            let written = answer(&self.backing, &self.memory, chain);
+            self.queue.give_back(&self.memory, head, written);
+            self.queue.signal(&self.memory, &self.interrupt);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use caisson_protocol::vmm::Event;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::request::tests::{DATA, HEADER_AT, STATUS, WRITE, disk, file, queue};
+    use super::*;
+
+    #[test]
+    fn a_disk_serves_one_driver_after_another_until_it_is_taken_away() {
+        let (shim, control) = Control::pair().unwrap();
+        let control = Arc::new(control);
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let interrupt = Arc::new(Interrupt::new().unwrap());
+        let place = Place::default();
+        let mut device = Blk::new(place.clone(), 1);
+        assert_eq!(device.id(), 0);
+        place.attach(disk(false), file(), 1, &control).unwrap();
+        assert!(place.attach(disk(false), file(), 1, &control).is_err());
+        assert_eq!(device.id(), DEVICE_ID);
+        for _ in 0..2 {
+            // All zeroes: to read from the first sector.
+            let queue = queue(&memory, &[(HEADER_AT, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+            queue.kick().write(1).unwrap();
+            memory.write_slice(&[0xff], GuestAddress(STATUS)).unwrap();
+            let activation = Activation { features: 0, queues: vec![queue], memory: memory.clone(), interrupt: Arc::clone(&interrupt) };
+            device.activate(activation).unwrap();
+            let answered = (0..500).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap() == 0
+            });
+            assert!(answered && device.reset());
+        }
+        place.resize(1 << 20);
+        let mut sectors = [0; 8];
+        device.read_config(0, &mut sectors);
+        assert_eq!((u64::from_le_bytes(sectors), device.config_generation()), (2048, 1));
+        place.detach();
+        assert_eq!(device.id(), 0);
+        let (event, _) = shim.receive::<Event>(true).unwrap().unwrap();
+        assert_eq!(event, Event::DiskDetached { place: 3 });
+    }
+}
