@@ -33,32 +33,59 @@ const NEXT_HOP: usize = 8;
 
 /// Brings the loopback interface of the calling thread's namespace up.
 pub fn loopback_up() -> Result<()> {
-    let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    sys::interface_up(&socket, "lo").context("bring the loopback interface up")
+    sys::interface_up(&socket_of_interfaces()?, "lo").context("bring the loopback interface up")
 }
 
 /// The guest's interfaces, by the indexes that they have on the host.
 #[derive(Default)]
-pub struct Network(HashMap<u32, u32>);
+pub struct Network(HashMap<u32, Nic>);
+
+/// An interface: its index and name here, the number of its device.
+struct Nic {
+    index: u32,
+    name: String,
+    device: u32,
+}
 
 impl Network {
-    /// Brings new interfaces up and applies changes, in order.
+    /// Removes interfaces, brings new ones up and applies changes, in order.
     ///
     /// # Errors
     /// The first that could not be done, and why; those after it are not tried.
     pub fn configure(&mut self, request: ConfigureNetworkRequest) -> Result<()> {
-        self.0.insert(LOOPBACK, LOOPBACK);
+        for index in &request.removed {
+            if let Some(nic) = self.0.remove(index) {
+                machine::forget_device(nic.device).with_context(|| format!("remove interface {}", nic.name))?;
+            }
+        }
         for interface in &request.interfaces {
-            let index = bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?;
-            self.0.insert(interface.host_index, index);
+            let nic = bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?;
+            self.0.insert(interface.host_index, nic);
+        }
+        for interface in &request.changed {
+            let Some(nic) = self.0.get(&interface.host_index) else { continue };
+            set_shape(&socket_of_interfaces()?, &nic.name, interface).with_context(|| format!("change interface {}", nic.name))?;
         }
         if request.messages.is_empty() {
             return Ok(());
         }
+        let indexes: HashMap<u32, u32> = self.0.iter().map(|(host, nic)| (*host, nic.index)).chain([(LOOPBACK, LOOPBACK)]).collect();
         let kernel = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
             .context("open a netlink socket")?;
-        request.messages.into_iter().try_for_each(|message| replay(&kernel, message, &self.0))
+        request.messages.into_iter().try_for_each(|message| replay(&kernel, message, &indexes))
     }
+}
+
+fn socket_of_interfaces() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Gives an interface its MTU and its address.
+fn set_shape(socket: &OwnedFd, name: &str, interface: &Interface) -> Result<()> {
+    let mtu = i32::try_from(interface.mtu).with_context(|| format!("an MTU of {} is too large", interface.mtu))?;
+    sys::set_mtu(socket, name, mtu).with_context(|| format!("set its MTU to {mtu}"))?;
+    let mac = <[u8; 6]>::try_from(interface.mac.as_slice()).context("its address is not one of 6 bytes")?;
+    sys::set_mac(socket, name, mac).context("set its address")
 }
 
 /// Connects to a TCP address here, and that with a port of the host, both ways until both have ended.
@@ -84,19 +111,20 @@ pub async fn forward(target: &str, port: u32) -> Result<()> {
     Ok(())
 }
 
-/// Makes the kernel find an interface, names it, and brings it up; returns its index.
-fn bring_up(interface: &Interface) -> Result<u32> {
+/// Makes the kernel find an interface, names it, and brings it up.
+fn bring_up(interface: &Interface) -> Result<Nic> {
     let device = FIRST_NIC_DEVICE.saturating_add(interface.place);
     machine::find_device(device)?;
     let found = machine::class_dir(device, "net").context("find it")?;
     let name = found.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let index = std::fs::read_to_string(found.join("ifindex")).context("read its index")?.trim().parse().context("read its index")?;
-    let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = socket_of_interfaces()?;
     if name != interface.name {
         sys::rename_interface(&socket, &name, &interface.name).context("name it")?;
     }
+    set_shape(&socket, &interface.name, interface)?;
     sys::interface_up(&socket, &interface.name)?;
-    Ok(index)
+    Ok(Nic { index, name: interface.name.clone(), device })
 }
 
 /// What a message of the host does: its type, its words for an error, and whether it adds.

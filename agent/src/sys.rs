@@ -35,11 +35,17 @@ fn fill_name(target: &mut [libc::c_char; libc::IFNAMSIZ], name: &str) -> io::Res
     Ok(())
 }
 
-/// Gives a network interface of the calling thread's namespace, which is down, another name.
-pub fn rename_interface(socket: &OwnedFd, name: &str, new_name: &str) -> io::Result<()> {
+/// A request about a network interface of the calling thread's namespace.
+fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: an ifreq of zeroes is a valid one.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     fill_name(&mut request.ifr_name, name)?;
+    Ok(request)
+}
+
+/// Gives an interface, which is down, another name.
+pub fn rename_interface(socket: &OwnedFd, name: &str, new_name: &str) -> io::Result<()> {
+    let mut request = interface_request(name)?;
     let mut new = [0; libc::IFNAMSIZ];
     fill_name(&mut new, new_name)?;
     request.ifr_ifru.ifru_newname = new;
@@ -48,11 +54,27 @@ pub fn rename_interface(socket: &OwnedFd, name: &str, new_name: &str) -> io::Res
     Ok(())
 }
 
-/// Brings a network interface of the calling thread's namespace up.
+/// Sets an interface's MTU.
+pub fn set_mtu(socket: &OwnedFd, name: &str, mtu: i32) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_mtu = mtu;
+    // SAFETY: SIOCSIFMTU reads the name, which ends in a zero, and the MTU of our ifreq.
+    Ok(Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU, &raw const request) }).map(drop)?)
+}
+
+/// Sets an interface's Ethernet address.
+pub fn set_mac(socket: &OwnedFd, name: &str, mac: [u8; 6]) -> io::Result<()> {
+    let mut request = interface_request(name)?;
+    let mut address = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: [0; 14] };
+    address.sa_data.iter_mut().zip(mac).for_each(|(slot, byte)| *slot = byte.cast_signed());
+    request.ifr_ifru.ifru_hwaddr = address;
+    // SAFETY: SIOCSIFHWADDR reads the name, which ends in a zero, and the address of our ifreq.
+    Ok(Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) }).map(drop)?)
+}
+
+/// Brings an interface up.
 pub fn interface_up(socket: &OwnedFd, name: &str) -> io::Result<()> {
-    // SAFETY: an ifreq of zeroes is a valid one.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    fill_name(&mut request.ifr_name, name)?;
+    let mut request = interface_request(name)?;
     // SAFETY: SIOCGIFFLAGS reads the name, which ends in a zero, and fills the flags of our ifreq.
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: the flags were filled by the call before.

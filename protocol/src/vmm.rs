@@ -37,6 +37,11 @@ pub enum Request {
         /// The stream's port.
         port: u32,
     },
+    /// Take a network interface away: its descriptors are closed.
+    DetachNic {
+        /// Its place, which is empty afterwards.
+        place: u32,
+    },
     /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
     /// a virtio header of [`NIC_HEADER`] bytes, not blocking; and `/dev/vhost-net` with [`Nic::vhost`].
     AttachNic(Nic),
@@ -78,12 +83,10 @@ pub const NIC_HEADER: usize = 12;
 /// A network interface of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
-    /// Which of the [`NICS`] places; each is used once.
+    /// Which of the [`NICS`] places.
     pub place: u32,
     /// Its address.
     pub mac: [u8; 6],
-    /// The largest packet that goes through it, in bytes.
-    pub mtu: u16,
     /// Whether the host's kernel serves it.
     pub vhost: bool,
 }

@@ -9,7 +9,7 @@ use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     AgentClient, AttachDiskRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse, Interface, PodFile, ProcessInfo, ProcessRequest,
+    DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse, PodFile, ProcessInfo, ProcessRequest,
     PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
@@ -199,9 +199,8 @@ impl Agent {
         }
     }
 
-    /// Brings new interfaces up and replays changes of addresses, routes and the like.
-    pub async fn configure_network(&self, interfaces: Vec<Interface>, messages: Vec<Vec<u8>>) -> Result<()> {
-        let request = ConfigureNetworkRequest { interfaces, messages, ..ConfigureNetworkRequest::default() };
+    /// Brings the guest's interfaces, addresses, routes and the like up to date.
+    pub async fn configure_network(&self, request: ConfigureNetworkRequest) -> Result<()> {
         self.call("configure the network", self.client.configure_network(none(), &request)).await.map(drop)
     }
 

@@ -268,6 +268,14 @@ impl Vmm {
         self.process.send(&Request::AttachNic(nic), fds).await.context("attach a network interface")
     }
 
+    /// Takes a network interface away from the machine.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub async fn detach_nic(&self, place: u32) -> Result<()> {
+        self.process.send(&Request::DetachNic { place }, &[]).await.context("detach a network interface")
+    }
+
     /// Puts a disk into an empty place of the machine.
     ///
     /// # Errors

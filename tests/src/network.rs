@@ -12,6 +12,7 @@ pub const TESTS: &[Test] = &[
     ("interfaces_of_a_namespace_are_the_guests", interfaces_of_a_namespace_are_the_guests),
     ("a_file_crosses_the_network_both_ways", a_file_crosses_the_network_both_ways),
     ("changes_of_a_network_are_followed", changes_of_a_network_are_followed),
+    ("interfaces_change_and_go_and_come_again", interfaces_change_and_go_and_come_again),
     ("a_network_made_before_the_start_is_found", a_network_made_before_the_start_is_found),
     ("a_pod_without_a_network_has_loopback_alone", a_pod_without_a_network_has_loopback_alone),
     ("connections_within_the_namespace_reach_the_guest", connections_within_the_namespace_reach_the_guest),
@@ -165,6 +166,40 @@ fn changes_of_a_network_are_followed() {
     eventually(|| output(&pod, "ip addr").contains(&format!("10.10.{n}.2/24")), "the new interface did not appear");
     output(&pod, &format!("ping -c 2 10.10.{n}.1"));
     assert_contains(&output(&pod, "cat /sys/class/net/net1/mtu"), &["1500"]);
+}
+
+fn interfaces_change_and_go_and_come_again() {
+    for vhost in [true, false] {
+        let _settings = Config::set(&format!("[network]\nvhost = {vhost}\n"));
+        let network = Network::new();
+        let pod = network.pod();
+        let (name, n) = (&network.name, network.subnet);
+        let host = format!("w{n}");
+        let seen = |file: &str| output(&pod, &format!("cat /sys/class/net/net1/{file} 2> /dev/null || echo none")).trim().to_owned();
+        // A machine has eight places for interfaces.
+        for round in 0..9 {
+            shell(&format!(
+                "ip link add {host} type veth peer name net1 netns {name}; ip addr add 10.10.{n}.1/24 dev {host}; ip link set {host} up"
+            ));
+            network.ip(&format!("addr add 10.10.{n}.2/24 dev net1"));
+            network.ip("link set net1 up");
+            eventually(|| output(&pod, "ip addr").contains(&format!("10.10.{n}.2/24")), "the interface did not appear");
+            output(&pod, &format!("ping -c 1 10.10.{n}.1"));
+            if round == 0 {
+                // Larger than it was, with packets that need it; and another address.
+                shell(&format!("ip link set {host} mtu 4000"));
+                network.ip("link set net1 mtu 4000 address 02:00:00:00:00:77");
+                eventually(|| seen("mtu") == "4000" && seen("address") == "02:00:00:00:00:77", "the change did not arrive");
+                output(&pod, &format!("ping -c 1 -s 3500 10.10.{n}.1"));
+            }
+            shell(&format!("ip link del {host}"));
+            eventually(|| seen("mtu") == "none", "the interface did not go");
+        }
+        // What was there before is as it was.
+        output(&pod, &format!("ping -c 1 10.9.{n}.1"));
+        let taps = shell(&format!("ip -n {name} -brief link | grep -c caisson"));
+        assert_eq!(taps, "1");
+    }
 }
 
 fn a_network_made_before_the_start_is_found() {

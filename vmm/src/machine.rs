@@ -97,6 +97,16 @@ impl Running {
         Ok(())
     }
 
+    /// Takes an interface away.
+    ///
+    /// # Errors
+    /// When there is no such place.
+    pub fn detach_nic(&self, index: u32) -> Result<()> {
+        let place = self.places.nics.get(index as usize).with_context(|| format!("network interface {index}: there are {NICS} places"))?;
+        place.detach();
+        Ok(self.commands.send(Command::DetachTap(index as usize, None))?)
+    }
+
     /// Puts a disk into an empty place; the guest finds it when it looks again.
     ///
     /// # Errors

@@ -135,6 +135,7 @@ fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
                 let vhost = if nic.vhost { Some(fds.next().context("a network interface came without its server")?) } else { None };
                 running.attach_nic(nic, Attached { tap, vhost })?;
             }
+            Request::DetachNic { place } => running.detach_nic(place)?,
             Request::AttachDisk(disk) => {
                 let file = fds.into_iter().next().context("a disk came without its file")?;
                 running.attach_disk(disk, file.into(), control)?;

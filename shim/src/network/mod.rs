@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use caisson_protocol::agent::Interface;
+use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
 use caisson_protocol::record::NetworkRecord;
 use caisson_protocol::vmm::{NICS, Nic};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
@@ -67,11 +67,21 @@ pub struct Network {
 /// What the guest has been given.
 #[derive(Default)]
 struct Known {
-    /// Places of interfaces by index in the namespace.
-    places: BTreeMap<u32, u32>,
+    /// What the guest has, by index in the namespace.
+    attached: BTreeMap<u32, Attached>,
+    /// How many taps there were: each has a name of its own, as an old one goes when the monitor lets go of it.
+    taps_made: u32,
     /// Indexes of our taps.
     taps: Vec<u32>,
     entries: Vec<RouteNetlinkMessage>,
+}
+
+/// An interface that the guest has.
+struct Attached {
+    link: Link,
+    place: u32,
+    /// Index of the tap beside it.
+    tap: u32,
 }
 
 impl Network {
@@ -92,64 +102,73 @@ impl Network {
         Ok(Self { netns, path: path.to_owned(), handle, vhost, known: tokio::sync::Mutex::default() })
     }
 
-    /// Attaches interfaces that are new and tells the guest of every address, route, rule and
-    /// neighbour that is new or gone.
+    /// Attaches interfaces that are new, takes those away that are gone, and tells the guest of every
+    /// address, route, rule and neighbour that is new or gone.
     ///
     /// # Errors
     /// What could not be set up or was refused, by name.
     pub async fn sync(&self, sandbox: &Sandbox, store: &Store) -> Result<()> {
         let mut known = self.known.lock().await;
-        let mut interfaces = Vec::new();
-        for link in self.links(&known).await? {
-            let place = u32::try_from(known.places.len()).unwrap_or(u32::MAX);
-            ensure!(place < NICS, "interface {}: a pod can have {NICS}", link.name);
-            let attached = self.attach(&link, place, &mut known, sandbox, store).await;
-            interfaces.push(attached.with_context(|| format!("attach interface {}", link.name))?);
+        let links: Vec<LinkMessage> = collect(self.handle.link().get().execute(), "interfaces").await?;
+        remove_gone(&links, &mut known, sandbox).await?;
+        let mut request = ConfigureNetworkRequest::default();
+        for link in links.iter().filter(|link| is_up(link)) {
+            if known.taps.contains(&link.header.index) {
+                continue;
+            }
+            let link = Link::read(link)?;
+            match known.attached.get_mut(&link.index) {
+                Some(attached) if attached.link == link => {}
+                Some(attached) => {
+                    self.bring_up(attached.tap, link.mtu).await?;
+                    request.changed.push(link.describe(attached.place));
+                    attached.link = link;
+                }
+                None => {
+                    let attached = self.attach(&link, &mut known, sandbox, store).await;
+                    request.interfaces.push(attached.with_context(|| format!("attach interface {}", link.name))?);
+                }
+            }
         }
         let entries = self.entries(&known).await?;
-        let changes = changes(&known.entries, &entries);
-        if !interfaces.is_empty() || !changes.is_empty() {
-            sandbox.agent.configure_network(interfaces, changes).await.context("configure the guest's network")?;
+        request.messages = changes(&known.entries, &entries);
+        if request != ConfigureNetworkRequest::default() {
+            sandbox.agent.configure_network(request).await.context("configure the guest's network")?;
         }
         known.entries = entries;
         Ok(())
     }
 
-    /// Interfaces that are up and that the guest does not have.
-    async fn links(&self, known: &Known) -> Result<Vec<Link>> {
-        let links: Vec<LinkMessage> = collect(self.handle.link().get().execute(), "interfaces").await?;
-        let new = |link: &LinkMessage| {
-            let index = link.header.index;
-            link.header.link_layer_type == LinkLayerType::Ether
-                && link.header.flags.contains(LinkFlags::Up)
-                && !known.places.contains_key(&index)
-                && !known.taps.contains(&index)
-        };
-        links.iter().filter(|link| new(link)).map(Link::read).collect()
-    }
-
-    async fn attach(&self, link: &Link, place: u32, known: &mut Known, sandbox: &Sandbox, store: &Store) -> Result<Interface> {
-        let name = format!("caisson{place}");
+    async fn attach(&self, link: &Link, known: &mut Known, sandbox: &Sandbox, store: &Store) -> Result<Interface> {
+        let is_free = |place: &u32| !known.attached.values().any(|other| other.place == *place);
+        let place = (0..NICS).find(is_free).with_context(|| format!("a pod can have {NICS} of them"))?;
+        let name = format!("caisson{}", known.taps_made);
+        known.taps_made += 1;
         let tap = self.netns.make_tap(&name)?;
         let message = self.handle.link().get().match_name(name).execute().try_next().await.context("find the tap")?;
         let index = message.context("find the tap")?.header.index;
         known.taps.push(index);
-        let up = LinkUnspec::new_with_index(index).mtu(u32::from(link.mtu)).up().build();
-        self.handle.link().set(up).execute().await.context("bring the tap up")?;
+        self.bring_up(index, link.mtu).await?;
         // On record first: the namespace may outlive the pod.
         let inode = self.netns.inode()?;
-        let mut interfaces: Vec<u32> = known.places.keys().copied().collect();
+        let mut interfaces: Vec<u32> = known.attached.keys().copied().collect();
         interfaces.push(link.index);
         store.change(|record| record.network = Some(NetworkRecord { path: self.path.clone(), inode, interfaces }))?;
         self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
         self.redirect(index, link.index).await.context("redirect what the guest sends")?;
         let server = if self.vhost { vhost_net() } else { None };
-        let nic = Nic { place, mac: link.mac, mtu: link.mtu, vhost: server.is_some() };
+        let nic = Nic { place, mac: link.mac, vhost: server.is_some() };
         let fds: Vec<BorrowedFd<'_>> = [Some(&tap), server.as_ref()].into_iter().flatten().map(File::as_fd).collect();
         sandbox.vmm.attach_nic(nic, &fds).await?;
-        known.places.insert(link.index, place);
+        known.attached.insert(link.index, Attached { link: link.clone(), place, tap: index });
         log::debug!("interface {} is the guest's interface {place}", link.name);
-        Ok(Interface { place, host_index: link.index, name: link.name.clone(), ..Interface::default() })
+        Ok(link.describe(place))
+    }
+
+    /// Brings a tap up, with the MTU of the interface that it is beside.
+    async fn bring_up(&self, tap: u32, mtu: u16) -> Result<()> {
+        let up = LinkUnspec::new_with_index(tap).mtu(u32::from(mtu)).up().build();
+        self.handle.link().set(up).execute().await.context("bring the tap up")
     }
 
     /// Hands every frame that arrives at one interface to another.
@@ -172,7 +191,7 @@ impl Network {
             routes.extend(collect(self.handle.route().get(route).execute(), "routes").await?);
             rules.extend(collect(self.handle.rule().get(version).execute(), "rules").await?);
         }
-        let has = |index: u32| known.places.contains_key(&index);
+        let has = |index: u32| known.attached.contains_key(&index);
         let mut routes: Vec<RouteMessage> = routes.into_iter().filter_map(|route| replayed_route(route, has)).collect();
         // A gateway must be reachable before a route through it is accepted.
         routes.sort_by_key(|route| route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_))));
@@ -279,7 +298,45 @@ pub fn undo(record: &NetworkRecord) -> Result<()> {
     })
 }
 
+/// Takes interfaces away that are gone.
+async fn remove_gone(links: &[LinkMessage], known: &mut Known, sandbox: &Sandbox) -> Result<()> {
+    let Known { attached, entries, .. } = known;
+    let gone: BTreeMap<u32, u32> = attached
+        .iter()
+        .filter(|(index, _)| !links.iter().any(|link| link.header.index == **index))
+        .map(|(index, interface)| (*index, interface.place))
+        .collect();
+    if gone.is_empty() {
+        return Ok(());
+    }
+    attached.retain(|index, _| !gone.contains_key(index));
+    // With an interface goes what depends on it.
+    entries.retain(|entry| depends_only_on(entry, |index| attached.contains_key(&index)));
+    let request = ConfigureNetworkRequest { removed: gone.keys().copied().collect(), ..ConfigureNetworkRequest::default() };
+    let removed = sandbox.agent.configure_network(request).await;
+    for place in gone.into_values() {
+        sandbox.vmm.detach_nic(place).await?;
+    }
+    removed.context("take interfaces out of the guest")
+}
+
+/// Whether an interface is one that the guest is to have.
+fn is_up(link: &LinkMessage) -> bool {
+    link.header.link_layer_type == LinkLayerType::Ether && link.header.flags.contains(LinkFlags::Up)
+}
+
+/// Whether all interfaces that an entry names are there.
+fn depends_only_on(entry: &RouteNetlinkMessage, has: impl Fn(u32) -> bool) -> bool {
+    match entry {
+        RouteNetlinkMessage::NewAddress(address) => has(address.header.index),
+        RouteNetlinkMessage::NewNeighbour(neighbour) => has(neighbour.header.ifindex),
+        RouteNetlinkMessage::NewRoute(route) => replayed_route(route.clone(), has).is_some(),
+        _ => true,
+    }
+}
+
 /// An interface of the namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Link {
     index: u32,
     name: String,
@@ -302,6 +359,12 @@ impl Link {
         let mac = mac.with_context(|| format!("interface {name}: it has no Ethernet address"))?;
         let mtu = u16::try_from(mtu.unwrap_or(1500)).with_context(|| format!("interface {name}: its MTU is over 65535"))?;
         Ok(Self { index: message.header.index, name, mac, mtu })
+    }
+
+    /// As the guest is told of it.
+    fn describe(&self, place: u32) -> Interface {
+        let (mtu, mac) = (u32::from(self.mtu), self.mac.to_vec());
+        Interface { place, host_index: self.index, name: self.name.clone(), mtu, mac, ..Interface::default() }
     }
 }
 

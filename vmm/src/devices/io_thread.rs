@@ -72,6 +72,8 @@ pub enum Command {
     Withdraw(u32),
     /// The tap of a network interface, and the kernel's server for it, before its driver is ready.
     AttachTap(usize, Attached),
+    /// Let go of a network interface; who waits for that hears of it.
+    DetachTap(usize, Option<Sender<()>>),
     /// Another size of added memory is requested.
     MemoryRequested,
 }
@@ -227,6 +229,13 @@ impl IoThread {
                         *place = NetPlace::Attached(attached);
                     }
                 }
+                Command::DetachTap(place, done) => {
+                    self.detach_net(place)?;
+                    if let Some(done) = done {
+                        // It may have stopped to wait.
+                        let _ = done.send(());
+                    }
+                }
                 Command::Activate(Server::Net(place), activation) => self.activate_net(place, activation)?,
                 Command::MemoryRequested => self.mem.iter().for_each(MemServer::requested),
                 Command::Activate(Server::Mem, activation) => {
@@ -274,6 +283,17 @@ impl IoThread {
         self.watch(server.tx_kick(), first + NET_TX)?;
         self.watch(server.tap(), first + NET_TAP)?;
         self.nets[place] = NetPlace::InService { server, watched: true };
+        Ok(())
+    }
+
+    /// Closes all that an interface has. The transport keeps the notifications open, so that they leave
+    /// the epoll by our word.
+    fn detach_net(&mut self, place: usize) -> io::Result<()> {
+        let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place).map(std::mem::take) else { return Ok(()) };
+        let tap = watched.then(|| server.tap().as_raw_fd());
+        for fd in [Some(server.rx_kick().as_raw_fd()), Some(server.tx_kick().as_raw_fd()), tap].into_iter().flatten() {
+            self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())?;
+        }
         Ok(())
     }
 

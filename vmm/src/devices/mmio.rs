@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A driver may reset the device as often as it likes before DRIVER_OK. After that the queues
-//! belong to the device's thread or server, which a disk's gives back; of other devices our guest's
-//! drivers never let go, and a reset marks them as broken.
+//! belong to the device's thread or server. Those of disks and network interfaces give them back; of
+//! other devices our guest's drivers never let go, and a reset marks them as broken.
 
 use std::sync::Arc;
 

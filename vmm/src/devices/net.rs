@@ -7,12 +7,13 @@
 //!
 //! ```text
 //! empty -> attached (id 1, a tap waits) -> in service (the driver is ready)
+//!   ^------------- detached <---------------'- reset by the driver
 //! ```
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, mpsc};
 
 use caisson_protocol::vmm::{NIC_HEADER, Nic};
 use virtio_queue::Writer;
@@ -21,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
 use super::queue::{ActiveQueue, Chain};
-use super::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
+use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
 use crate::memory::GuestMemory;
 
 const DEVICE_ID: u32 = 1;
@@ -30,7 +31,6 @@ const QUEUE_SIZES: [u16; 2] = [256, 256];
 /// Feature bits (5.1.3).
 const F_CSUM: u32 = 0;
 const F_GUEST_CSUM: u32 = 1;
-const F_MTU: u32 = 3;
 const F_MAC: u32 = 5;
 const F_GUEST_TSO4: u32 = 7;
 const F_GUEST_TSO6: u32 = 8;
@@ -42,7 +42,6 @@ const F_MRG_RXBUF: u32 = 15;
 const FEATURES: u64 = QUEUE_FEATURES
     | 1 << F_CSUM
     | 1 << F_GUEST_CSUM
-    | 1 << F_MTU
     | 1 << F_MAC
     | 1 << F_GUEST_TSO4
     | 1 << F_GUEST_TSO6
@@ -71,12 +70,22 @@ const TUN_F_TSO_ECN: u64 = 8;
 
 /// A place for an interface, shared by the device's front and the thread that attaches.
 #[derive(Clone, Default)]
-pub struct Place(Arc<OnceLock<Nic>>);
+pub struct Place(Arc<Mutex<Option<Nic>>>);
 
 impl Place {
     /// Makes the device appear; false when one is there already.
     pub fn attach(&self, nic: Nic) -> bool {
-        self.0.set(nic).is_ok()
+        let mut place = lock(&self.0);
+        let empty = place.is_none();
+        if empty {
+            *place = Some(nic);
+        }
+        empty
+    }
+
+    /// Makes the device disappear.
+    pub fn detach(&self) {
+        lock(&self.0).take();
     }
 }
 
@@ -96,7 +105,7 @@ impl Net {
 
 impl VirtioDevice for Net {
     fn id(&self) -> u32 {
-        if self.place.0.get().is_some() { DEVICE_ID } else { 0 }
+        if lock(&self.place.0).is_some() { DEVICE_ID } else { 0 }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -108,18 +117,24 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; 12];
-        if let Some(nic) = self.place.0.get() {
-            // mac, status, max_virtqueue_pairs, mtu (5.1.4).
-            config[..6].copy_from_slice(&nic.mac);
-            config[10..].copy_from_slice(&nic.mtu.to_le_bytes());
-        }
-        read_config_bytes(&config, offset, data);
+        // Of what it could say (5.1.4) the address comes first.
+        let mac = lock(&self.place.0).map_or([0; 6], |nic| nic.mac);
+        read_config_bytes(&mac, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let command = Command::Activate(Server::Net(self.index), activation);
         self.thread.send(command).map_err(|source| ActivateError { device: "net", source })
+    }
+
+    /// The interface is gone then, with its tap.
+    fn reset(&mut self) -> bool {
+        self.place.detach();
+        let (done, gone) = mpsc::channel();
+        // A thread that is gone serves nothing any more.
+        let _ = self.thread.send(Command::DetachTap(self.index, Some(done)));
+        let _ = gone.recv();
+        true
     }
 }
 
@@ -388,11 +403,14 @@ mod tests {
         let place = Place::default();
         let net = Net::new(0, place.clone(), commands);
         assert_eq!(net.id(), 0);
-        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], mtu: 1500, vhost: false };
+        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], vhost: false };
         assert!(place.attach(nic) && !place.attach(nic));
-        let mut config = [0; 12];
+        let mut config = [7; 8];
         net.read_config(0, &mut config);
-        assert_eq!((net.id(), config), (1, [2, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0xdc, 5]));
+        assert_eq!((net.id(), config), (1, [2, 0, 0, 0, 0, 9, 0, 0]));
+        place.detach();
+        assert_eq!(net.id(), 0);
+        assert!(place.attach(nic));
     }
 
     proptest! {
