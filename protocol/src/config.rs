@@ -72,6 +72,8 @@ pub struct Config {
     pub fs_cache: CachePolicy,
     /// Whether the guest collects writes.
     pub fs_writeback: bool,
+    /// Whether sockets of the host may be bound, though nobody answers.
+    pub fs_dead_sockets: bool,
     /// Worker threads of the virtio-fs server.
     pub fs_threads: u32,
     /// From the VMM's start to the agent's answer, in milliseconds.
@@ -110,6 +112,7 @@ impl Default for Config {
             host_namespaces: HostNamespaces::Refuse,
             fs_cache: CachePolicy::Auto,
             fs_writeback: false,
+            fs_dead_sockets: false,
             fs_threads: 0,
             boot_timeout_ms: 30_000,
             agent_timeout_ms: 30_000,

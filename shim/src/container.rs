@@ -1,11 +1,12 @@
 //! A container of the pod: its folder in the share, its processes.
 
 use std::collections::HashMap;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
 use containerd_shim_protos::types::mount::Mount;
 
@@ -140,15 +141,15 @@ pub struct ShareFolder {
 }
 
 impl ShareFolder {
-    /// Mounts a container's bind mounts into the pod's share.
+    /// Mounts a container's bind mounts into the pod's share; `dead_sockets` may be among them.
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn make(store: &Store, container: &str, binds: &[Bind]) -> Result<Self> {
+    pub fn make(store: &Store, container: &str, binds: &[Bind], dead_sockets: bool) -> Result<Self> {
         let path = store.share().join(container);
         std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         let folder = Self { path, run_dir: store.run_dir().to_owned(), kept: false };
-        binds.iter().try_for_each(|bind| folder.bind(bind))?;
+        binds.iter().try_for_each(|bind| folder.bind(bind, dead_sockets))?;
         Ok(folder)
     }
 
@@ -169,11 +170,16 @@ impl ShareFolder {
         Ok(())
     }
 
-    fn bind(&self, bind: &Bind) -> Result<()> {
+    fn bind(&self, bind: &Bind, dead_sockets: bool) -> Result<()> {
         let source = &bind.source;
         let what = || format!("bind mount of {}", source.display());
         let target = self.path.join(MOUNTS_DIR).join(&bind.name);
-        let kind = std::fs::metadata(source).with_context(what)?;
+        let kind = std::fs::metadata(source).with_context(what)?.file_type();
+        ensure!(
+            dead_sockets || !(kind.is_socket() || kind.is_fifo()),
+            "{}: it is a socket or FIFO of the host, whose other end a virtual machine cannot reach; set fs.dead_sockets = true to bind it all the same",
+            what()
+        );
         if kind.is_dir() {
             std::fs::create_dir_all(&target).with_context(what)?;
         } else {
@@ -211,7 +217,7 @@ impl ShareFolder {
             let mounts = mounts::below(&self.path.join(MOUNTS_DIR).join(&bind.name))?;
             inner.extend(mounts.into_iter().map(|path| guest.join(path).to_string_lossy().into_owned()));
         }
-        anyhow::ensure!(inner.len() <= MAX_INNER_MOUNTS, "its volumes hold {} mounts; at most {MAX_INNER_MOUNTS} are allowed", inner.len());
+        ensure!(inner.len() <= MAX_INNER_MOUNTS, "its volumes hold {} mounts; at most {MAX_INNER_MOUNTS} are allowed", inner.len());
         Ok(inner)
     }
 

@@ -179,7 +179,7 @@ impl Pod {
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
-        let folder = ShareFolder::make(&machine.store, request.id, &binds)?;
+        let folder = ShareFolder::make(&machine.store, request.id, &binds, machine.config.fs_dead_sockets)?;
         // Of a sandbox's nothing is read: a place would be wasted on it.
         let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
         if !machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await? {

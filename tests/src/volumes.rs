@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     ("a_link_out_of_the_image_is_refused", a_link_out_of_the_image_is_refused),
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
     ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
+    ("sockets_of_the_host_are_refused_or_dead", sockets_of_the_host_are_refused_or_dead),
 ];
 
 pub const ALONE: &[Test] = &[("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host)];
@@ -203,4 +204,14 @@ fn watchers_hear_of_a_volume_that_kubelet_replaces() {
     }
     drop(pod);
     shell(&format!("rm -r {folder}"));
+}
+
+fn sockets_of_the_host_are_refused_or_dead() {
+    let mount = "type=bind,src=/run/containerd/containerd.sock,dst=/the.sock,options=bind";
+    let refused = run_pod(&["--mount", mount], &["true"]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    assert!(refused.stderr.contains("containerd.sock: it is a socket or FIFO of the host"), "{refused:?}");
+    let _settings = Config::set("[fs]\ndead_sockets = true\n");
+    let bound = run_pod(&["--mount", mount], &["test", "-S", "/the.sock"]);
+    assert_eq!(bound.code, 0, "{bound:?}");
 }

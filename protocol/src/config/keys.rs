@@ -214,6 +214,13 @@ pub const KEYS: &[Key] = &[
         |c| c.fs_writeback.to_string()
     ),
     key!(
+        "fs.dead_sockets",
+        "whether sockets and FIFOs of the host may be bound into a pod, although a machine cannot reach what is at their other end",
+        "true or false",
+        |c, v| c.fs_dead_sockets = boolean(&v)?,
+        |c| c.fs_dead_sockets.to_string()
+    ),
+    key!(
         "fs.threads",
         "worker threads of the virtio-fs server, 0 to serve on the queue's own",
         "0 to 64",
