@@ -14,16 +14,12 @@ use crate::{build, test};
 /// Prints `NAME VALUE` lines; see [`UNITS`].
 const SCRIPT: &str = include_str!("node/bench.sh");
 
-/// Unit of each figure, by the first word of its name.
+/// Unit of each figure, by what its name begins with.
 const UNITS: &[(&str, &str)] = &[
     ("start", "ms"),
     ("run", "ms"),
     ("phase", "ms"),
-    ("cri-pod", "ms"),
-    ("cri-second", "ms"),
-    ("cri-exec", "ms"),
-    ("cri-execs", "ms"),
-    ("cri-stats", "ms"),
+    ("cri-", "ms"),
     ("memory", "KiB"),
     ("size", "KiB"),
 ];
@@ -103,7 +99,7 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn unit(name: &str) -> &'static str {
-    UNITS.iter().find(|(prefix, _)| name.split('.').next() == Some(prefix)).map_or("", |(_, unit)| unit)
+    UNITS.iter().find(|(prefix, _)| name.starts_with(prefix)).map_or("", |(_, unit)| unit)
 }
 
 fn ratios(figures: &BTreeMap<String, Vec<f64>>) -> Vec<(&'static str, f64)> {
