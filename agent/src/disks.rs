@@ -1,6 +1,7 @@
 //! Disks that the host puts into the machine's places and takes away again: found, mounted, let go.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -81,13 +82,14 @@ fn target(wanted: &DiskMount) -> Result<PathBuf> {
 }
 
 fn unmount(target: &Path) -> Result<()> {
+    // Whoever else still holds it, as a container's mount namespace may.
+    let written = File::open(target).and_then(|folder| Ok(nix::unistd::syncfs(&folder)?));
     let begin = Instant::now();
     let unmounted = loop {
         match umount2(target, MntFlags::empty()) {
             Err(Errno::EBUSY) if begin.elapsed() < BUSY_TIMEOUT => std::thread::sleep(INTERVAL),
+            // Whoever still uses it has errors from now on.
             Err(Errno::EBUSY) => {
-                nix::unistd::sync();
-                // Whoever still uses it has errors from now on.
                 break umount2(target, MntFlags::MNT_DETACH).and(Err(Errno::EBUSY));
             }
             outcome => break outcome,
@@ -96,5 +98,6 @@ fn unmount(target: &Path) -> Result<()> {
     // The container's folder goes with its last disk.
     let _ = std::fs::remove_dir(target);
     let _ = target.parent().map(std::fs::remove_dir);
+    written.with_context(|| format!("write out {}", target.display()))?;
     unmounted.with_context(|| format!("unmount {}", target.display()))
 }

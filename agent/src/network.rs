@@ -7,6 +7,7 @@
 //! (docs/decisions/007 says why no netlink library does it).
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -54,13 +55,15 @@ impl Network {
     /// The first that could not be done, and why; those after it are not tried.
     pub fn configure(&mut self, request: ConfigureNetworkRequest) -> Result<()> {
         for index in &request.removed {
-            if let Some(nic) = self.0.remove(index) {
+            if let Some(nic) = self.0.get(index) {
                 machine::forget_device(nic.device).with_context(|| format!("remove interface {}", nic.name))?;
+                self.0.remove(index);
             }
         }
         for interface in &request.interfaces {
-            let nic = bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?;
-            self.0.insert(interface.host_index, nic);
+            if let Entry::Vacant(entry) = self.0.entry(interface.host_index) {
+                entry.insert(bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?);
+            }
         }
         for interface in &request.changed {
             let Some(nic) = self.0.get(&interface.host_index) else { continue };
@@ -111,10 +114,16 @@ pub async fn forward(target: &str, port: u32) -> Result<()> {
     Ok(())
 }
 
-/// Makes the kernel find an interface, names it, and brings it up.
+/// Makes the kernel find an interface, and brings it up under its name.
 fn bring_up(interface: &Interface) -> Result<Nic> {
     let device = FIRST_NIC_DEVICE.saturating_add(interface.place);
     machine::find_device(device)?;
+    // Its place can be tried again, then.
+    name(device, interface).inspect_err(|_| drop(machine::forget_device(device)))
+}
+
+/// Names an interface, shapes it and brings it up.
+fn name(device: u32, interface: &Interface) -> Result<Nic> {
     let found = machine::class_dir(device, "net").context("find it")?;
     let name = found.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let index = std::fs::read_to_string(found.join("ifindex")).context("read its index")?.trim().parse().context("read its index")?;

@@ -27,7 +27,7 @@ use crate::volumes;
 /// The service.
 pub struct AgentService {
     containers: Arc<Containers>,
-    network: Mutex<Network>,
+    network: Arc<Mutex<Network>>,
     machine: Arc<Mutex<Machine>>,
     disks: Arc<Mutex<Disks>>,
     started_us: u64,
@@ -36,7 +36,7 @@ pub struct AgentService {
 impl AgentService {
     /// A service for these containers in this machine, in an agent that started at this uptime.
     pub fn new(containers: Arc<Containers>, machine: Machine, started_us: u64) -> Self {
-        Self { containers, network: Mutex::default(), machine: Arc::new(Mutex::new(machine)), disks: Arc::default(), started_us }
+        Self { containers, network: Arc::default(), machine: Arc::new(Mutex::new(machine)), disks: Arc::default(), started_us }
     }
 }
 
@@ -140,8 +140,9 @@ impl Agent for AgentService {
     }
 
     async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {
-        let mut network = self.network.lock().unwrap_or_else(PoisonError::into_inner);
-        done(network.configure(request).map_err(Error::Failed))
+        let network = Arc::clone(&self.network);
+        let configure = move || network.lock().unwrap_or_else(PoisonError::into_inner).configure(request);
+        done(blocking(configure).await.map_err(Error::Failed))
     }
 
     async fn publish_volume(&self, _: &TtrpcContext, request: PublishVolumeRequest) -> Result<Empty> {

@@ -95,7 +95,7 @@ pub fn source() -> Result<PathBuf> {
     found.pop().context("find a kernel source package in /usr/src: install linux-source")
 }
 
-/// Builds `vmlinux` into `out`, working in `work`; about 11 minutes on two cores.
+/// Builds `vmlinux` into `out`, working in `work`; about 10 minutes on two cores.
 ///
 /// # Errors
 /// When an option of the fragment did not survive, naming it, and when the compiler fails, with

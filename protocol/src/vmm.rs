@@ -189,6 +189,13 @@ pub enum Event {
         /// MiB of the memory file, a multiple of [`ADDED_MIB_STEP`].
         mib: u64,
     },
+    /// A disk could not be attached.
+    DiskRefused {
+        /// Its place, which is as it was.
+        place: u32,
+        /// Why.
+        reason: String,
+    },
     /// A disk was taken away and its descriptor is closed.
     DiskDetached {
         /// Its place, which is empty.

@@ -45,6 +45,8 @@ impl Exit {
 
 /// From a broken connection to the monitor's last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// For a file system to be mounted with what its journal holds, or unmounted with all that was not written yet.
+const DISK_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The way to the agent.
 #[derive(Clone)]
@@ -91,9 +93,13 @@ impl Agent {
     }
 
     async fn call<T>(&self, what: &str, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
-        match tokio::time::timeout(self.timeout, self.until_ended(call)).await {
+        self.call_within(self.timeout, what, call).await
+    }
+
+    async fn call_within<T>(&self, timeout: Duration, what: &str, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
+        match tokio::time::timeout(timeout, self.until_ended(call)).await {
             Ok(answer) => answer,
-            Err(_) => Err(Error::Timeout(format!("{what}: the guest's agent did not answer within {} ms", self.timeout.as_millis()))),
+            Err(_) => Err(Error::Timeout(format!("{what}: the guest's agent did not answer within {} ms", timeout.as_millis()))),
         }
     }
 
@@ -213,13 +219,15 @@ impl Agent {
     /// Has the guest find the disk in a place, and mount it; returns its device's numbers.
     pub async fn attach_disk(&self, place: u32, mount: Option<DiskMount>) -> Result<(u32, u32)> {
         let request = AttachDiskRequest { place, mount: mount.into(), ..AttachDiskRequest::default() };
-        self.call("attach the disk", self.client.attach_disk(none(), &request)).await.map(|answer| (answer.major, answer.minor))
+        self.call_within(DISK_TIMEOUT, "attach the disk", self.client.attach_disk(none(), &request))
+            .await
+            .map(|answer| (answer.major, answer.minor))
     }
 
     /// Has the guest unmount the disk in a place and let go of it.
     pub async fn detach_disk(&self, place: u32) -> Result<()> {
         let request = DetachDiskRequest { place, ..DetachDiskRequest::default() };
-        self.call("detach the disk", self.client.detach_disk(none(), &request)).await.map(drop)
+        self.call_within(DISK_TIMEOUT, "detach the disk", self.client.detach_disk(none(), &request)).await.map(drop)
     }
 
     /// Copies the state of a volume into the guest.

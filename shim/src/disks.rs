@@ -10,7 +10,7 @@
 //!                               ^-- unmounted, let go and closed when its last container is deleted
 //! ```
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use caisson_protocol::agent::DiskMount;
 use caisson_protocol::guest::DISKS_DIR;
 use caisson_protocol::vmm::{BLOCK_SIZES, DISKS, Disk};
@@ -48,20 +48,31 @@ type Numbers = (u64, u64);
 
 /// The disks of a machine, by their places.
 #[derive(Default)]
-pub struct Disks {
-    places: Arc<Mutex<[Option<Attached>; DISKS as usize]>>,
+pub struct Disks(Arc<Mutex<Places>>);
+
+#[derive(Default)]
+struct Places {
+    disks: [Option<Attached>; DISKS as usize],
+    /// Whether a task follows their sizes.
+    followed: bool,
 }
 
 /// A disk in its place.
 struct Attached {
     source: PathBuf,
+    identity: Identity,
     read_only: bool,
-    /// Whether the guest has its file system mounted, for one container; a device can have many.
-    mounted: bool,
+    /// What the guest has mounted of it, where that is so.
+    mount: Option<DiskMount>,
     bytes: u64,
+    /// Of its device in the guest.
     numbers: (u32, u32),
+    /// Who has it; nobody when it could not be taken away.
     containers: Vec<String>,
 }
+
+/// What tells a device or a file from others at the same path.
+type Identity = (u64, u64);
 
 /// What a container wants to have as a disk.
 struct Wanted {
@@ -74,7 +85,7 @@ struct Wanted {
 
 impl Disks {
     /// Gives a container the disks that its specification asks for, and points that at them; whether
-    /// its root file system is one.
+    /// its root file system is one. For a sandbox's, of which nothing is read, no place is wasted.
     ///
     /// # Errors
     /// Which could not be opened, attached or mounted, and why. What was attached until then stays for
@@ -82,67 +93,76 @@ impl Disks {
     pub async fn attach(&self, sandbox: &Arc<Sandbox>, container: &str, rootfs: &[Mount], spec: &mut Value) -> Result<bool> {
         for (index, mount) in spec["mounts"].as_array_mut().into_iter().flatten().enumerate() {
             let Some(wanted) = volume(container, index, mount)? else { continue };
-            let place = format!("{DISKS_DIR}/{container}/{}", wanted.name);
             let options = if wanted.read_only { json!(["rbind", "ro"]) } else { json!(["rbind"]) };
-            self.add(sandbox, container, wanted).await?.with_context(none_left)?;
-            *mount = json!({"destination": mount["destination"], "type": "bind", "source": place, "options": options});
+            let placed = self.add(sandbox, container, wanted).await?.with_context(none_left)?;
+            *mount = json!({"destination": mount["destination"], "type": "bind", "source": placed.folder, "options": options});
         }
         let mut renumbered = Vec::new();
         for (numbers, wanted) in devices(spec)? {
-            renumbered.push((numbers, self.add(sandbox, container, wanted).await?.with_context(none_left)?));
+            renumbered.push((numbers, self.add(sandbox, container, wanted).await?.with_context(none_left)?.numbers));
         }
         renumber(spec, &renumbered);
         let Some(wanted) = root(container, rootfs) else { return Ok(false) };
-        let attached = self.add(sandbox, container, wanted).await?.is_some();
-        if attached {
-            spec["root"]["path"] = json!(format!("{DISKS_DIR}/{container}/{ROOT}"));
+        let placed = self.add(sandbox, container, wanted).await?;
+        if let Some(placed) = &placed {
+            spec["root"]["path"] = json!(placed.folder);
         }
-        Ok(attached)
+        Ok(placed.is_some())
     }
 
     /// Puts a disk into a place, or shares the one that another container of the pod has there; returns
-    /// the numbers of its device in the guest, or nothing when no place is left.
-    async fn add(&self, sandbox: &Arc<Sandbox>, container: &str, wanted: Wanted) -> Result<Option<(u32, u32)>> {
+    /// nothing when no place is left.
+    async fn add(&self, sandbox: &Arc<Sandbox>, container: &str, wanted: Wanted) -> Result<Option<Placed>> {
         let what = || format!("disk {} ({})", wanted.name, wanted.source.display());
-        let mut places = self.places.lock().await;
-        let same = |disk: &&mut Attached| {
-            !disk.mounted && wanted.mount.is_none() && disk.source == wanted.source && disk.read_only == wanted.read_only
-        };
-        if let Some(disk) = places.iter_mut().flatten().find(same) {
+        let mut places = self.0.lock().await;
+        if let Some(disk) = places.disks.iter_mut().flatten().find(|disk| disk.serves(&wanted)) {
             disk.containers.push(container.to_owned());
-            return Ok(Some(disk.numbers));
+            return Ok(Some(disk.placed()));
         }
-        let Some(place) = places.iter().position(Option::is_none) else { return Ok(None) };
+        let Some(place) = places.disks.iter().position(Option::is_none) else { return Ok(None) };
         let (file, block_size) = open(&wanted).with_context(what)?;
         let bytes = (&file).seek(SeekFrom::End(0)).with_context(what)?;
         let disk = Disk { place: place as u32, bytes, block_size, read_only: wanted.read_only, serial: serial(&wanted.name) };
+        let identity = identity(&file.metadata().with_context(what)?);
         sandbox.vmm.attach_disk(disk, file.as_fd()).await.with_context(what)?;
         // Closed here, so that it is closed for good once the monitor has done so.
         drop(file);
         let numbers = match sandbox.agent.attach_disk(place as u32, wanted.mount.clone()).await {
             Ok(numbers) => numbers,
             Err(error) => {
+                // It may be there all the same, or come yet.
+                let _ = sandbox.agent.detach_disk(place as u32).await;
                 let _ = sandbox.vmm.detach_disk(place as u32).await;
                 return Err(error).with_context(what);
             }
         };
-        if places.iter().all(Option::is_none) {
-            tokio::spawn(follow_sizes(Arc::clone(&self.places), Arc::clone(sandbox)));
+        if !std::mem::replace(&mut places.followed, true) {
+            tokio::spawn(follow_sizes(Arc::clone(&self.0), Arc::clone(sandbox)));
         }
-        let (source, read_only, mounted) = (wanted.source, wanted.read_only, wanted.mount.is_some());
-        places[place] = Some(Attached { source, read_only, mounted, bytes, numbers, containers: vec![container.to_owned()] });
-        Ok(Some(numbers))
+        let Wanted { source, read_only, mount, .. } = wanted;
+        let disk = Attached { source, identity, read_only, mount, bytes, numbers, containers: vec![container.to_owned()] };
+        Ok(Some(places.disks[place].insert(disk).placed()))
     }
 
     /// Whether a container has disks, which are to be written out before its machine goes.
     pub async fn has(&self, container: &str) -> bool {
-        self.places.lock().await.iter().flatten().any(|disk| disk.containers.iter().any(|user| user == container))
+        self.0.lock().await.disks.iter().flatten().any(|disk| disk.containers.iter().any(|user| user == container))
+    }
+
+    /// Takes away the disks of a container that has exited, in a machine that is about to go: what the
+    /// guest has not written yet is written then.
+    pub async fn write_out(&self, sandbox: &Sandbox, container: &str) {
+        if self.has(container).await {
+            // Without its mount namespace nothing holds them.
+            let _ = sandbox.agent.delete(container, "").await;
+            self.release(sandbox, container).await;
+        }
     }
 
     /// Takes away the disks that only this container has, once its processes are gone.
     pub async fn release(&self, sandbox: &Sandbox, container: &str) {
-        let mut places = self.places.lock().await;
-        for (place, slot) in (0u32..).zip(places.iter_mut()) {
+        let mut places = self.0.lock().await;
+        for (place, slot) in (0u32..).zip(places.disks.iter_mut()) {
             let Some(disk) = slot.as_mut().filter(|disk| disk.containers.iter().any(|user| user == container)) else { continue };
             disk.containers.retain(|user| user != container);
             if !disk.containers.is_empty() {
@@ -153,17 +173,41 @@ impl Disks {
             {
                 log::warn!("container {container}: let go of disk {}: {error}", disk.source.display());
             }
-            // With a machine that is gone it is closed already.
-            if let Err(error) = sandbox.vmm.detach_disk(place).await {
-                log::warn!("container {container}: take disk {} away: {error:#}", disk.source.display());
+            match sandbox.vmm.detach_disk(place).await {
+                Ok(()) => *slot = None,
+                // Its place stays taken: the monitor may still have it open.
+                Err(error) => log::warn!("container {container}: take disk {} away: {error:#}", disk.source.display()),
             }
-            *slot = None;
         }
     }
 }
 
+/// What a container has to know of its disk: the numbers of its device in the guest, and where that has
+/// it mounted.
+struct Placed {
+    numbers: (u32, u32),
+    folder: Option<String>,
+}
+
+impl Attached {
+    /// Whether it is what another container wants.
+    fn serves(&self, wanted: &Wanted) -> bool {
+        let alike = match (&self.mount, &wanted.mount) {
+            (None, None) => true,
+            (Some(has), Some(wants)) => has.type_ == wants.type_ && has.options == wants.options,
+            _ => false,
+        };
+        alike && !self.containers.is_empty() && self.source == wanted.source && self.read_only == wanted.read_only
+    }
+
+    fn placed(&self) -> Placed {
+        let folder = self.mount.as_ref().map(|mount| format!("{DISKS_DIR}/{}/{}", mount.container, mount.name));
+        Placed { numbers: self.numbers, folder }
+    }
+}
+
 /// Tells the guest when a disk has another size, as when a volume is expanded; until there is none.
-async fn follow_sizes(places: Arc<Mutex<[Option<Attached>; DISKS as usize]>>, sandbox: Arc<Sandbox>) {
+async fn follow_sizes(places: Arc<Mutex<Places>>, sandbox: Arc<Sandbox>) {
     let mut ended = sandbox.ended();
     loop {
         tokio::select! {
@@ -171,12 +215,13 @@ async fn follow_sizes(places: Arc<Mutex<[Option<Attached>; DISKS as usize]>>, sa
             () = tokio::time::sleep(INTERVAL) => {}
         }
         let mut places = places.lock().await;
-        if places.iter().all(Option::is_none) {
+        if places.disks.iter().all(Option::is_none) {
+            places.followed = false;
             return;
         }
-        for (place, slot) in (0u32..).zip(places.iter_mut()) {
+        for (place, slot) in (0u32..).zip(places.disks.iter_mut()) {
             let Some(disk) = slot else { continue };
-            if let Some(bytes) = size(&disk.source).filter(|bytes| *bytes != disk.bytes) {
+            if let Some(bytes) = size(&disk.source, disk.identity).filter(|bytes| *bytes != disk.bytes) {
                 disk.bytes = bytes;
                 // A monitor that is gone needs no sizes.
                 let _ = sandbox.vmm.resize_disk(place, bytes).await;
@@ -185,9 +230,13 @@ async fn follow_sizes(places: Arc<Mutex<[Option<Attached>; DISKS as usize]>>, sa
     }
 }
 
-/// Bytes of a device or a file.
-fn size(source: &Path) -> Option<u64> {
-    let meta = std::fs::metadata(source).ok()?;
+fn identity(meta: &Metadata) -> Identity {
+    if meta.file_type().is_block_device() { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) }
+}
+
+/// Bytes of a device or a file, when it is still the one that was opened.
+fn size(source: &Path, opened: Identity) -> Option<u64> {
+    let meta = std::fs::metadata(source).ok().filter(|meta| identity(meta) == opened)?;
     if !meta.file_type().is_block_device() {
         return Some(meta.len());
     }
@@ -238,14 +287,13 @@ fn file_system(container: &str, name: &str, kind: &str, source: &str, mut option
 /// names them all, and wants none of them.
 fn devices(spec: &Value) -> Result<Vec<(Numbers, Wanted)>> {
     let rules = spec["linux"]["resources"]["devices"].as_array().map(Vec::as_slice).unwrap_or_default();
-    if rules.iter().any(|rule| rule["allow"] == true && numbers(rule) == (None, None)) {
+    if rules.iter().any(is_every_device) {
         return Ok(Vec::new());
     }
     let mut wanted = Vec::new();
     for device in spec["linux"]["devices"].as_array().into_iter().flatten().filter(|device| device["type"] == "b") {
         let (Some(major), Some(minor)) = numbers(device) else { continue };
-        // The guest says what it thinks of one that is not there.
-        let Some(source) = node(major, minor)? else { continue };
+        let source = node(major, minor)?.with_context(|| format!("device {} ({major}:{minor}) does not exist", device["path"]))?;
         let rule = rules.iter().rev().find(|rule| rule["type"] == "b" && numbers(rule) == (Some(major), Some(minor)));
         let writes = rule.and_then(|rule| rule["access"].as_str()).is_none_or(|access| access.contains('w'));
         let path = device["path"].as_str().unwrap_or_default();
@@ -253,6 +301,11 @@ fn devices(spec: &Value) -> Result<Vec<(Numbers, Wanted)>> {
         wanted.push(((major, minor), Wanted { source, read_only: !writes, name, mount: None }));
     }
     Ok(wanted)
+}
+
+/// Whether a rule allows every device that there is.
+fn is_every_device(rule: &Value) -> bool {
+    rule["allow"] == true && rule["type"].as_str().is_none_or(|kind| kind == "a") && numbers(rule) == (None, None)
 }
 
 fn numbers(entry: &Value) -> (Option<u64>, Option<u64>) {
@@ -276,29 +329,22 @@ fn open(wanted: &Wanted) -> Result<(File, u32)> {
     options.read(true).write(!wanted.read_only);
     let kind = std::fs::metadata(&wanted.source)?.file_type();
     let alone = wanted.mount.is_some() && !wanted.read_only;
-    if kind.is_block_device() {
-        // Of a block device O_EXCL keeps others from mounting it (open(2)).
-        let file = options.custom_flags(if alone { libc::O_EXCL } else { 0 }).open(&wanted.source);
-        let file = file.map_err(|error| match error.raw_os_error() {
-            Some(libc::EBUSY) => anyhow::anyhow!("it is in use on the host"),
-            _ => error.into(),
+    ensure!(kind.is_block_device() || kind.is_file(), "it is neither a block device nor a file");
+    // Of a block device O_EXCL keeps the host from mounting it (open(2)).
+    let flags = libc::O_NONBLOCK | if alone && kind.is_block_device() { libc::O_EXCL } else { 0 };
+    let file = options.custom_flags(flags).open(&wanted.source).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) => anyhow::anyhow!("it is in use on the host"),
+        _ => error.into(),
+    })?;
+    if wanted.mount.is_some() {
+        let locked = if alone { file.try_lock() } else { file.try_lock_shared() };
+        locked.map_err(|error| match error {
+            TryLockError::WouldBlock => anyhow::anyhow!("it is in use by another pod, or with other options"),
+            TryLockError::Error(error) => error.into(),
         })?;
-        let block_size = block_size(&sysfs(file.metadata()?.rdev()));
-        return Ok((file, block_size));
     }
-    ensure!(kind.is_file(), "it is neither a block device nor a file");
-    let file = options.custom_flags(libc::O_NONBLOCK).open(&wanted.source)?;
-    match if wanted.mount.is_none() {
-        Ok(())
-    } else if alone {
-        file.try_lock()
-    } else {
-        file.try_lock_shared()
-    } {
-        Ok(()) => Ok((file, BLOCK_SIZES[0])),
-        Err(TryLockError::WouldBlock) => bail!("it is in use by another pod"),
-        Err(TryLockError::Error(error)) => Err(error).context("lock it"),
-    }
+    let block_size = if kind.is_file() { BLOCK_SIZES[0] } else { block_size(&sysfs(file.metadata()?.rdev())) };
+    Ok((file, block_size))
 }
 
 /// Bytes of a device's blocks; of a partition it is its disk that says.
@@ -325,7 +371,12 @@ fn renumber(spec: &mut Value, numbers_of: &[(Numbers, (u32, u32))]) {
     let linux = &mut spec["linux"];
     linux["devices"].as_array_mut().into_iter().flatten().filter(|entry| entry["type"] == "b").for_each(change);
     let resources = &mut linux["resources"];
-    resources["devices"].as_array_mut().into_iter().flatten().filter(|entry| entry["type"] == "b").for_each(change);
+    if let Some(rules) = resources["devices"].as_array_mut() {
+        // What else the host has by such numbers is something else in the guest.
+        let known = |rule: &Value| numbers_of.iter().any(|((major, minor), _)| numbers(rule) == (Some(*major), Some(*minor)));
+        rules.retain(|rule| rule["type"] != "b" || rule["allow"] != true || rule["major"].as_u64().is_none() || known(rule));
+        rules.iter_mut().filter(|entry| entry["type"] == "b").for_each(change);
+    }
     // The limits of single devices are lists of such entries.
     let limits = resources["blockIO"].as_object_mut().into_iter().flat_map(|limits| limits.values_mut());
     limits.filter_map(Value::as_array_mut).flatten().for_each(change);
@@ -341,7 +392,8 @@ mod tests {
             "devices": [{"path": "/dev/a", "type": "b", "major": 7, "minor": 0}, {"path": "/dev/b", "type": "b", "major": 7, "minor": 1},
                 {"path": "/dev/c", "type": "c", "major": 7, "minor": 0}],
             "resources": {
-                "devices": [{"allow": false}, {"allow": true, "type": "b", "major": 7, "minor": 1, "access": "rw"}],
+                "devices": [{"allow": false}, {"allow": true, "type": "b", "major": 7, "minor": 1, "access": "rw"},
+                    {"allow": true, "type": "b", "major": 8, "access": "rw"}, {"allow": true, "type": "b", "access": "m"}],
                 "blockIO": {"weight": 10, "throttleReadBpsDevice": [{"major": 7, "minor": 0, "rate": 5}]},
             },
         }});
@@ -349,15 +401,18 @@ mod tests {
         let linux = &spec["linux"];
         let all: Vec<_> = linux["devices"].as_array().unwrap().iter().map(numbers).collect();
         assert_eq!(all, [(Some(7), Some(1)), (Some(254), Some(16)), (Some(7), Some(0))]);
-        assert_eq!(numbers(&linux["resources"]["devices"][1]), (Some(254), Some(16)));
+        let rules: Vec<_> = linux["resources"]["devices"].as_array().unwrap().iter().map(numbers).collect();
+        assert_eq!(rules, [(None, None), (Some(254), Some(16)), (None, None)]);
         assert_eq!(numbers(&linux["resources"]["blockIO"]["throttleReadBpsDevice"][0]), (Some(7), Some(1)));
     }
 
     #[test]
     fn a_container_that_may_use_every_device_gets_none_as_a_disk() {
-        let device = json!([{"path": "/dev/loop0", "type": "b", "major": 7, "minor": 0}]);
-        let spec = json!({"linux": {"devices": device, "resources": {"devices": [{"allow": true, "access": "rwm"}]}}});
-        assert!(devices(&spec).unwrap().is_empty());
+        let every = |rule: Value| is_every_device(&rule);
+        assert!(every(json!({"allow": true, "access": "rwm"})) && every(json!({"allow": true, "type": "a", "access": "rwm"})));
+        // Anybody may make nodes, and nobody may use them.
+        assert!(!every(json!({"allow": true, "type": "b", "access": "m"})) && !every(json!({"allow": false, "access": "rwm"})));
+        assert!(!every(json!({"allow": true, "type": "b", "major": 7, "minor": 0, "access": "rwm"})));
     }
 
     #[test]
@@ -376,6 +431,22 @@ mod tests {
     }
 
     #[test]
+    fn containers_of_a_pod_share_what_they_want_alike() {
+        let wanted = |options: &[&str]| {
+            file_system("c", "mount0", "ext4", "/dev/null", options.iter().map(|option| (*option).to_owned()).collect()).unwrap()
+        };
+        let Wanted { source, read_only, mount, .. } = wanted(&["rw"]);
+        let mut disk = Attached { source, identity: (0, 0), read_only, mount, bytes: 0, numbers: (254, 0), containers: vec!["c".into()] };
+        assert_eq!(disk.placed().folder.unwrap(), "/run/caisson/disks/c/mount0");
+        assert!(disk.serves(&wanted(&["rw", "loop"])));
+        assert!(!disk.serves(&wanted(&["ro"])) && !disk.serves(&wanted(&["rw", "noatime"])));
+        assert!(!disk.serves(&Wanted { mount: None, ..wanted(&["rw"]) }));
+        // One that could not be taken away.
+        disk.containers.clear();
+        assert!(!disk.serves(&wanted(&["rw"])));
+    }
+
+    #[test]
     fn an_image_is_mounted_by_one_writer_or_by_readers() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
@@ -386,6 +457,7 @@ mod tests {
         drop(readers);
         let _writer = open(&wanted("rw")).unwrap();
         assert!(open(&wanted("ro")).is_err());
-        assert_eq!(size(&path), Some(1024));
+        let opened = identity(&path.metadata().unwrap());
+        assert_eq!((size(&path, opened), size(&path, (opened.0, opened.1 + 1))), (Some(1024), None));
     }
 }

@@ -15,6 +15,7 @@ mod container;
 mod cri;
 mod daemon;
 mod disks;
+mod ending;
 mod errors;
 mod events;
 mod exits;

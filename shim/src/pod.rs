@@ -27,7 +27,7 @@ use crate::stdio::{self, Paths};
 use crate::volumes::Volumes;
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
-const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+pub(crate) const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// What makes a container.
 pub struct CreateContainer<'a> {
@@ -46,10 +46,10 @@ pub struct CreateContainer<'a> {
 /// A pod.
 pub struct Pod {
     name: Name,
-    events: Events,
+    pub(crate) events: Events,
     /// Held while the first container boots the machine.
-    booting: tokio::sync::Mutex<()>,
-    machine: Mutex<Option<Arc<Machine>>>,
+    pub(crate) booting: tokio::sync::Mutex<()>,
+    pub(crate) machine: Mutex<Option<Arc<Machine>>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// What containers may use that are there or about to be; a sandbox uses nothing.
     pub(crate) limits: Mutex<HashMap<String, Limits>>,
@@ -98,7 +98,7 @@ impl Pod {
         }
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+    pub(crate) fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         lock(&self.containers)
     }
 
@@ -180,7 +180,6 @@ impl Pod {
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
         let folder = ShareFolder::make(&machine.store, request.id, &binds, machine.config.fs_dead_sockets)?;
-        // Of a sandbox's nothing is read: a place would be wasted on it.
         let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
         if !machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await? {
             folder.mount_root(&machine.store, request.spec, Path::new(request.bundle), request.rootfs)?;
@@ -369,7 +368,7 @@ impl Pod {
             // The pod ends here: its files are on the host already, so the machine need not be asked.
             machine.sandbox.kill("the pod was deleted");
         } else if let Err(error) = machine.sandbox.agent.delete(id, "").await
-            && !matches!(error, Error::Gone(_))
+            && !matches!(error, Error::Gone(_) | Error::NotFound(_))
         {
             return Err(error);
         }
@@ -427,39 +426,6 @@ impl Pod {
     pub async fn stats(&self, id: &str) -> Result<caisson_protocol::agent::StatsResponse> {
         self.container(id)?;
         self.machine()?.sandbox.agent.stats(id).await
-    }
-
-    /// Kills all containers, within a time, and the machine.
-    pub async fn stop(&self, timeout: Duration) {
-        let Ok(machine) = self.machine() else { return };
-        let containers: Vec<_> = self.containers().values().cloned().collect();
-        let kill = async {
-            for container in containers.iter().filter(|container| container.init.exited().is_none()) {
-                // It may die by itself meanwhile.
-                let _ = machine.sandbox.agent.signal(&container.id, "", SIGKILL, false).await;
-            }
-            for container in &containers {
-                container.init.wait().await;
-            }
-        };
-        if tokio::time::timeout(timeout, kill).await.is_err() {
-            log::warn!("pod {}: its containers did not die within {timeout:?}", self.id());
-        }
-        machine.stop("the pod was stopped");
-    }
-
-    /// Ends the pod when no container is left (or `now`); returns whether it ended.
-    pub async fn shutdown(&self, now: bool) -> bool {
-        if !now && !self.containers().is_empty() {
-            return false;
-        }
-        // A boot that is under way has its own time-out.
-        let _booting = self.booting.lock().await;
-        if let Some(machine) = lock(&self.machine).take() {
-            machine.end("the pod was shut down");
-        }
-        self.events.flush().await;
-        true
     }
 }
 

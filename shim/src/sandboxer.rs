@@ -27,6 +27,7 @@ use crate::errors::{self, Error};
 use crate::events::timestamp;
 use crate::pod::{CreateContainer, Pod};
 use crate::process::Status;
+use crate::service::whole;
 use crate::stats;
 use crate::stdio::Paths;
 
@@ -103,7 +104,12 @@ impl Sandbox for SandboxService {
 
     async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> Result<StopSandboxResponse> {
         let timeout = if request.timeout_secs == 0 { STOP_TIMEOUT } else { Duration::from_secs(request.timeout_secs.into()) };
-        self.pod.stop(timeout).await;
+        let pod = Arc::clone(&self.pod);
+        let stop = async move {
+            pod.stop(timeout).await;
+            Ok(())
+        };
+        whole(stop).await?;
         Ok(StopSandboxResponse::new())
     }
 
@@ -138,8 +144,13 @@ impl Sandbox for SandboxService {
     }
 
     async fn shutdown_sandbox(&self, _: &TtrpcContext, _: ShutdownSandboxRequest) -> Result<ShutdownSandboxResponse> {
-        self.pod.stop(STOP_TIMEOUT).await;
-        self.pod.shutdown(true).await;
+        let pod = Arc::clone(&self.pod);
+        let end = async move {
+            pod.stop(STOP_TIMEOUT).await;
+            pod.shutdown(true).await;
+            Ok(())
+        };
+        whole(end).await?;
         self.ended.send_replace(true);
         Ok(ShutdownSandboxResponse::new())
     }

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use ttrpc::Result;
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::errors::Error;
+use crate::errors::{self, Error};
 use crate::events::timestamp;
 use crate::pod::{CreateContainer, Pod};
 use crate::process;
@@ -40,6 +40,16 @@ impl TaskService {
     pub fn new(pod: Arc<Pod>, ended: watch::Sender<bool>) -> Self {
         Self { pod, ended }
     }
+}
+
+/// Runs a call to its end, also when the caller's time is up: the server drops what it waits for then,
+/// and a container that is half made or half deleted is worse than one that is late.
+///
+/// # Errors
+/// Those of the call.
+pub async fn whole<T: Send + 'static>(call: impl Future<Output = errors::Result<T>> + Send + 'static) -> Result<T> {
+    let outcome = tokio::spawn(call).await;
+    Ok(outcome.unwrap_or_else(|error| Err(Error::Failed(anyhow::Error::new(error).context("serve a call"))))?)
 }
 
 #[async_trait]
@@ -74,20 +84,25 @@ impl Task for TaskService {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unimplemented("restoring a container from a checkpoint is not implemented".into()).into());
         }
-        let paths = Paths { terminal: request.terminal, stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
-        let spec = Spec::read(&Path::new(&request.bundle).join("config.json")).map_err(Error::from)?;
-        let create = CreateContainer { id: &request.id, bundle: &request.bundle, spec: &spec, rootfs: &request.rootfs, paths };
-        let pid = self.pod.create(create).await?;
+        let pod = Arc::clone(&self.pod);
+        let create = async move {
+            let paths = Paths { terminal: request.terminal, stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
+            let spec = Spec::read(&Path::new(&request.bundle).join("config.json"))?;
+            pod.create(CreateContainer { id: &request.id, bundle: &request.bundle, spec: &spec, rootfs: &request.rootfs, paths }).await
+        };
+        let pid = whole(create).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
-        let pid = self.pod.start(&request.id, &request.exec_id).await?;
+        let pod = Arc::clone(&self.pod);
+        let pid = whole(async move { pod.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
-        let (pid, exit) = self.pod.delete(&request.id, &request.exec_id).await?;
+        let pod = Arc::clone(&self.pod);
+        let (pid, exit) = whole(async move { pod.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse { pid, exit_status: exit.status, exited_at: MessageField::some(timestamp(exit.at)), ..DeleteResponse::default() })
     }
 
@@ -118,7 +133,8 @@ impl Task for TaskService {
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
         let paths = Paths { terminal: request.terminal, stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
-        self.pod.exec(&request.id, &request.exec_id, request.spec.unwrap_or_default().value, paths).await?;
+        let pod = Arc::clone(&self.pod);
+        whole(async move { pod.exec(&request.id, &request.exec_id, request.spec.unwrap_or_default().value, paths).await }).await?;
         Ok(Empty::new())
     }
 
@@ -135,7 +151,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
-        self.pod.update(&request.id, request.resources.unwrap_or_default().value).await?;
+        let pod = Arc::clone(&self.pod);
+        whole(async move { pod.update(&request.id, request.resources.unwrap_or_default().value).await }).await?;
         Ok(Empty::new())
     }
 

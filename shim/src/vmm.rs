@@ -200,6 +200,7 @@ impl Vmm {
                 Ok(Some((Event::AddedMemoryEnd { mib }, _))) => {
                     self.added.send_replace(mib);
                 }
+                Ok(Some((Event::DiskRefused { place, reason }, _))) => log::error!("attach disk {place}: {reason}"),
                 Ok(Some((Event::DiskDetached { place }, _))) => {
                     self.detached.send_replace(Some(place));
                 }

@@ -1,7 +1,7 @@
 //! The machine: KVM, memory, devices and vCPUs, put together in the order that they need.
 #![expect(unsafe_code, reason = "KVM takes guest memory by address, and its descriptor by number")]
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -129,11 +129,15 @@ impl Running {
 
     /// Lets KVM know of a place's interrupt and notifications; returns how many of these it has.
     fn connect(&mut self, device: u32) -> Result<usize> {
-        let transport = self.bus.transport(device as usize).with_context(|| format!("device {device} does not exist"))?;
-        if self.places.connected.insert(device) {
-            connect(&self.vm, &transport, &slot(device))?;
+        // The guest may hold the transport for as long as a disk takes to answer: it is asked once.
+        if let Some(kicks) = self.places.connected.get(&device) {
+            return Ok(*kicks);
         }
-        Ok(transport.kicks().len())
+        let transport = self.bus.transport(device as usize).with_context(|| format!("device {device} does not exist"))?;
+        connect(&self.vm, &transport, &slot(device))?;
+        let kicks = transport.kicks().len();
+        self.places.connected.insert(device, kicks);
+        Ok(kicks)
     }
 
     /// Asks the guest to have so much memory added.
@@ -167,8 +171,8 @@ impl Running {
 struct Places {
     nics: [net::Place; NICS as usize],
     disks: [blk::Place; DISKS as usize],
-    /// Those whose interrupt and notifications KVM knows.
-    connected: HashSet<u32>,
+    /// Those whose interrupt and notifications KVM knows, with how many of the latter they have.
+    connected: HashMap<u32, usize>,
 }
 
 impl Machine {

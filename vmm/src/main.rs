@@ -138,7 +138,10 @@ fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
             Request::DetachNic { place } => running.detach_nic(place)?,
             Request::AttachDisk(disk) => {
                 let file = fds.into_iter().next().context("a disk came without its file")?;
-                running.attach_disk(disk, file.into(), control)?;
+                let place = disk.place;
+                if let Err(error) = running.attach_disk(disk, file.into(), control) {
+                    control.send(&Event::DiskRefused { place, reason: format!("{error:#}") }, &[], true)?;
+                }
             }
             Request::ResizeDisk { place, bytes } => running.disk(place)?.resize(bytes),
             Request::DetachDisk { place } => running.disk(place)?.detach(),

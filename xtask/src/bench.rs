@@ -15,14 +15,7 @@ use crate::{build, test};
 const SCRIPT: &str = include_str!("node/bench.sh");
 
 /// Unit of each figure, by what its name begins with.
-const UNITS: &[(&str, &str)] = &[
-    ("start", "ms"),
-    ("run", "ms"),
-    ("phase", "ms"),
-    ("cri-", "ms"),
-    ("memory", "KiB"),
-    ("size", "KiB"),
-];
+const UNITS: &[(&str, &str)] = &[("start", "ms"), ("run", "ms"), ("phase", "ms"), ("cri-", "ms"), ("memory", "KiB"), ("size", "KiB")];
 /// Ratios: name, ours, the peer's.
 const RATIOS: &[(&str, &str, &str)] = &[
     ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),

@@ -75,7 +75,7 @@ pub fn kernel() -> Result<PathBuf> {
     let name = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let key = cache::key([guest_kernel::FRAGMENT.as_bytes(), name.as_bytes(), version.as_bytes(), guest_kernel::RECIPE.as_bytes()]);
     let dir = cache::entry("kernel", &key, |dir| {
-        progress::step("building the guest kernel (once a machine, about 11 minutes on two cores)", || {
+        progress::step("building the guest kernel (once a machine, about 10 minutes on two cores)", || {
             let work = tempfile::Builder::new().prefix("caisson-kernel-").tempdir_in(cache::root()?)?;
             guest_kernel::build(&source, work.path(), dir)
         })

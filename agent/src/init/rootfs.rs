@@ -169,7 +169,8 @@ fn is_known(device: &LinuxDevice, old_root: &OwnedFd) -> bool {
 /// nobody.
 fn allows_all_devices(linux: &Linux) -> bool {
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
-    rules.iter().any(|rule| rule.allow() && rule.major().is_none() && rule.minor().is_none())
+    let any_kind = |kind: Option<LinuxDeviceType>| kind.is_none_or(|kind| kind == LinuxDeviceType::A);
+    rules.iter().any(|rule| rule.allow() && any_kind(rule.typ()) && rule.major().is_none() && rule.minor().is_none())
 }
 
 fn make_specified(device: &LinuxDevice, old_root: &OwnedFd) -> Result<()> {

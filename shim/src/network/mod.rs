@@ -76,9 +76,10 @@ struct Known {
     entries: Vec<RouteNetlinkMessage>,
 }
 
-/// An interface that the guest has.
+/// An interface that the machine has.
 struct Attached {
-    link: Link,
+    /// As the guest was told of it last; `None` until then.
+    told: Option<Link>,
     place: u32,
     /// Index of the tap beside it.
     tap: u32,
@@ -111,35 +112,44 @@ impl Network {
         let mut known = self.known.lock().await;
         let links: Vec<LinkMessage> = collect(self.handle.link().get().execute(), "interfaces").await?;
         remove_gone(&links, &mut known, sandbox).await?;
+        known.taps.retain(|tap| links.iter().any(|link| link.header.index == *tap));
         let mut request = ConfigureNetworkRequest::default();
+        let mut told = Vec::new();
         for link in links.iter().filter(|link| is_up(link)) {
             if known.taps.contains(&link.header.index) {
                 continue;
             }
             let link = Link::read(link)?;
-            match known.attached.get_mut(&link.index) {
-                Some(attached) if attached.link == link => {}
-                Some(attached) => {
+            if !known.attached.contains_key(&link.index) {
+                self.attach(&link, &mut known, sandbox, store).await.with_context(|| format!("attach interface {}", link.name))?;
+            }
+            let Some(attached) = known.attached.get(&link.index) else { continue };
+            match &attached.told {
+                Some(told) if *told == link => continue,
+                Some(_) => {
                     self.bring_up(attached.tap, link.mtu).await?;
                     request.changed.push(link.describe(attached.place));
-                    attached.link = link;
                 }
-                None => {
-                    let attached = self.attach(&link, &mut known, sandbox, store).await;
-                    request.interfaces.push(attached.with_context(|| format!("attach interface {}", link.name))?);
-                }
+                None => request.interfaces.push(link.describe(attached.place)),
             }
+            told.push(link);
         }
         let entries = self.entries(&known).await?;
         request.messages = changes(&known.entries, &entries);
         if request != ConfigureNetworkRequest::default() {
             sandbox.agent.configure_network(request).await.context("configure the guest's network")?;
         }
+        // What it was not told, or did not do, it is asked again.
+        for link in told {
+            if let Some(attached) = known.attached.get_mut(&link.index) {
+                attached.told = Some(link);
+            }
+        }
         known.entries = entries;
         Ok(())
     }
 
-    async fn attach(&self, link: &Link, known: &mut Known, sandbox: &Sandbox, store: &Store) -> Result<Interface> {
+    async fn attach(&self, link: &Link, known: &mut Known, sandbox: &Sandbox, store: &Store) -> Result<()> {
         let is_free = |place: &u32| !known.attached.values().any(|other| other.place == *place);
         let place = (0..NICS).find(is_free).with_context(|| format!("a pod can have {NICS} of them"))?;
         let name = format!("caisson{}", known.taps_made);
@@ -160,9 +170,9 @@ impl Network {
         let nic = Nic { place, mac: link.mac, vhost: server.is_some() };
         let fds: Vec<BorrowedFd<'_>> = [Some(&tap), server.as_ref()].into_iter().flatten().map(File::as_fd).collect();
         sandbox.vmm.attach_nic(nic, &fds).await?;
-        known.attached.insert(link.index, Attached { link: link.clone(), place, tap: index });
+        known.attached.insert(link.index, Attached { told: None, place, tap: index });
         log::debug!("interface {} is the guest's interface {place}", link.name);
-        Ok(link.describe(place))
+        Ok(())
     }
 
     /// Brings a tap up, with the MTU of the interface that it is beside.
@@ -309,15 +319,16 @@ async fn remove_gone(links: &[LinkMessage], known: &mut Known, sandbox: &Sandbox
     if gone.is_empty() {
         return Ok(());
     }
+    // What the guest does not let go of it is asked again.
+    let request = ConfigureNetworkRequest { removed: gone.keys().copied().collect(), ..ConfigureNetworkRequest::default() };
+    sandbox.agent.configure_network(request).await.context("take interfaces out of the guest")?;
     attached.retain(|index, _| !gone.contains_key(index));
     // With an interface goes what depends on it.
     entries.retain(|entry| depends_only_on(entry, |index| attached.contains_key(&index)));
-    let request = ConfigureNetworkRequest { removed: gone.keys().copied().collect(), ..ConfigureNetworkRequest::default() };
-    let removed = sandbox.agent.configure_network(request).await;
     for place in gone.into_values() {
         sandbox.vmm.detach_nic(place).await?;
     }
-    removed.context("take interfaces out of the guest")
+    Ok(())
 }
 
 /// Whether an interface is one that the guest is to have.

@@ -270,7 +270,8 @@ impl IoThread {
 
     fn activate_net(&mut self, place: usize, activation: Activation) -> io::Result<()> {
         let Some(NetPlace::Attached(Attached { tap, vhost })) = self.nets.get_mut(place).map(std::mem::take) else {
-            return Err(io::Error::other("a network interface came into service that was not attached"));
+            // It was taken away while its driver came up.
+            return Ok(());
         };
         net::set_offloads(&tap, activation.features)?;
         if let Some(device) = vhost {

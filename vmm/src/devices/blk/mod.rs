@@ -18,6 +18,7 @@ pub mod request;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -65,12 +66,15 @@ struct Attached {
 /// A thread that serves one queue at a time.
 struct Worker {
     work: Sender<QueueServer>,
-    stop: Arc<EventFd>,
+    /// Has it look whether it is to stop.
+    wake: Arc<EventFd>,
 }
 
 /// A driver that is ready.
 struct Service {
     interrupt: Arc<Interrupt>,
+    /// Whether its queues are to be let go.
+    stopping: Arc<AtomicBool>,
     /// Disconnected once a queue is let go.
     done: Vec<Receiver<()>>,
 }
@@ -86,7 +90,7 @@ impl Place {
             return Err(io::Error::other("its place is taken"));
         }
         let backing = Arc::new(Backing::new(&disk, file, Arc::clone(control)));
-        let workers = (0..queues).map(|queue| Worker::start(disk.place, queue, control)).collect::<io::Result<_>>()?;
+        let workers = (0..queues).map(|queue| Worker::start(&backing, disk.place, queue, control)).collect::<io::Result<_>>()?;
         *place = Some(Attached { disk, backing, workers, service: None });
         Ok(())
     }
@@ -94,8 +98,11 @@ impl Place {
     /// Takes the disk away, whatever its driver thinks of that; once no request is under way any more it
     /// is closed, and the shim hears of it.
     pub fn detach(&self) {
-        if let Some(attached) = lock(&self.0).take() {
-            attached.workers.iter().for_each(Worker::stop);
+        let taken = lock(&self.0).take();
+        if let Some(mut attached) = taken {
+            attached.stop();
+            // A worker closes it: that may take as long as writing out what the host has cached of it.
+            drop(attached.backing);
         }
     }
 
@@ -108,25 +115,33 @@ impl Place {
     }
 }
 
+impl Attached {
+    /// Has the workers let go of the queues; what is returned is disconnected when they have.
+    fn stop(&mut self) -> Vec<Receiver<()>> {
+        let Some(service) = self.service.take() else { return Vec::new() };
+        service.stopping.store(true, Ordering::Release);
+        for worker in &self.workers {
+            // A full counter says the same.
+            let _ = worker.wake.write(1);
+        }
+        service.done
+    }
+}
+
 impl Worker {
-    fn start(place: u32, queue: usize, control: &Arc<Control>) -> io::Result<Self> {
+    fn start(backing: &Arc<Backing>, place: u32, queue: usize, control: &Arc<Control>) -> io::Result<Self> {
         let (work, queues) = channel::<QueueServer>();
-        let stopped = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let (stopping, control) = (Arc::clone(&stopped), Arc::clone(control));
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let (woken, backing, control) = (Arc::clone(&wake), Arc::clone(backing), Arc::clone(control));
         std::thread::Builder::new().name(format!("disk{place}.{queue}")).spawn(move || {
             if let Err(error) = filters::disk() {
                 stop(&control, Stopped::Failed(format!("{:#}", anyhow::Error::from(error))));
             }
             while let Ok(mut server) = queues.recv() {
-                server.serve_until(&stopping);
+                server.serve(&backing, &woken);
             }
         })?;
-        Ok(Self { work, stop: stopped })
-    }
-
-    fn stop(&self) {
-        // A full counter says the same.
-        let _ = self.stop.write(1);
+        Ok(Self { work, wake })
     }
 }
 
@@ -188,30 +203,24 @@ impl VirtioDevice for Blk {
         let mut place = lock(&self.place.0);
         let attached = place.as_mut().ok_or_else(|| failed("there is no disk"))?;
         let Activation { queues, memory, interrupt, .. } = activation;
+        let stopping = Arc::new(AtomicBool::new(false));
         let mut done = Vec::new();
         for (queue, worker) in queues.into_iter().zip(&attached.workers) {
             let (alive, ended) = channel();
-            let (memory, interrupt, backing) = (memory.clone(), Arc::clone(&interrupt), Arc::clone(&attached.backing));
-            let server = QueueServer { queue, memory, interrupt, backing, _alive: alive };
+            let (memory, interrupt, stopping) = (memory.clone(), Arc::clone(&interrupt), Arc::clone(&stopping));
+            let server = QueueServer { queue, memory, interrupt, stopping, _alive: alive };
             worker.work.send(server).map_err(|_| failed("its thread is gone"))?;
             done.push(ended);
         }
-        attached.service = Some(Service { interrupt, done });
+        attached.service = Some(Service { interrupt, stopping, done });
         Ok(())
     }
 
     fn reset(&mut self) -> bool {
-        let service = {
-            let mut place = lock(&self.place.0);
-            place.as_mut().and_then(|attached| {
-                let service = attached.service.take()?;
-                attached.workers.iter().for_each(Worker::stop);
-                Some(service)
-            })
-        };
+        let done = lock(&self.place.0).as_mut().map(Attached::stop).unwrap_or_default();
         // The driver may use its memory for something else when the reset is over (2.4.2). It waits for
         // requests that are under way, as it would for a disk, and nobody else does.
-        service.into_iter().flat_map(|service| service.done).for_each(|done| {
+        done.into_iter().for_each(|done| {
             // It never sends: it hangs up.
             let _ = done.recv();
         });
@@ -224,32 +233,29 @@ struct QueueServer {
     queue: ActiveQueue,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
-    backing: Arc<Backing>,
+    stopping: Arc<AtomicBool>,
     _alive: Sender<()>,
 }
 
 impl QueueServer {
-    fn serve_until(&mut self, stop: &EventFd) {
-        loop {
+    /// Answers requests until the queue is to be let go, of which `woken` tells.
+    fn serve(&mut self, backing: &Backing, woken: &EventFd) {
+        while !self.stopping.load(Ordering::Acquire) {
+            if let Some(chain) = self.queue.next(&self.memory) {
+                let head = chain.head_index();
+                let written = answer(backing, &self.memory, chain);
+                self.queue.give_back(&self.memory, head, written);
+                self.queue.signal(&self.memory, &self.interrupt);
+                continue;
+            }
             // SAFETY: both outlive this turn of the loop.
-            let [kick, stopped] = [self.queue.kick(), stop].map(|fd| unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) });
-            let mut ready = [kick, stopped].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let [kick, wake] = [self.queue.kick(), woken].map(|fd| unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) });
+            let mut ready = [kick, wake].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             // Interrupted, it looks again.
             let _ = poll(&mut ready, PollTimeout::NONE);
-            if stop.read().is_ok() {
-                return;
-            }
-            self.serve();
-        }
-    }
-
-    fn serve(&mut self) {
-        self.queue.clear_kick();
-        while let Some(chain) = self.queue.next(&self.memory) {
-            let head = chain.head_index();
-            let written = answer(&self.backing, &self.memory, chain);
-            self.queue.give_back(&self.memory, head, written);
-            self.queue.signal(&self.memory, &self.interrupt);
+            self.queue.clear_kick();
+            // Of an earlier driver, perhaps.
+            let _ = woken.read();
         }
     }
 }

@@ -177,8 +177,13 @@ impl<'m> Request<'m> {
         let give_back = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let keep = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let clear = |flags| fallocate(&backing.file, flags, offset, length as i64);
-        let outcome = if self.kind == DISCARD || may_unmap { clear(give_back) } else { clear(keep) };
-        outcome.map_err(Into::into)
+        match self.kind {
+            DISCARD => clear(give_back)?,
+            // Where a range cannot be given back it is cleared all the same (5.2.6.2).
+            _ if may_unmap && clear(give_back).is_ok() => {}
+            _ => clear(keep)?,
+        }
+        Ok(())
     }
 }
 
