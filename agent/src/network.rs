@@ -61,8 +61,12 @@ impl Network {
             }
         }
         for interface in &request.interfaces {
-            if let Entry::Vacant(entry) = self.0.entry(interface.host_index) {
-                entry.insert(bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?);
+            match self.0.entry(interface.host_index) {
+                Entry::Vacant(entry) => {
+                    entry.insert(bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?);
+                }
+                // The host did not hear that it is there.
+                Entry::Occupied(entry) => set_shape(&socket_of_interfaces()?, &entry.get().name, interface)?,
             }
         }
         for interface in &request.changed {

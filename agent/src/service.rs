@@ -29,14 +29,14 @@ pub struct AgentService {
     containers: Arc<Containers>,
     network: Arc<Mutex<Network>>,
     machine: Arc<Mutex<Machine>>,
-    disks: Arc<Mutex<Disks>>,
+    disks: Disks,
     started_us: u64,
 }
 
 impl AgentService {
     /// A service for these containers in this machine, in an agent that started at this uptime.
     pub fn new(containers: Arc<Containers>, machine: Machine, started_us: u64) -> Self {
-        Self { containers, network: Arc::default(), machine: Arc::new(Mutex::new(machine)), disks: Arc::default(), started_us }
+        Self { containers, network: Arc::default(), machine: Arc::new(Mutex::new(machine)), disks: Disks::default(), started_us }
     }
 }
 
@@ -161,16 +161,16 @@ impl Agent for AgentService {
     }
 
     async fn attach_disk(&self, _: &TtrpcContext, request: AttachDiskRequest) -> Result<AttachDiskResponse> {
-        let disks = Arc::clone(&self.disks);
-        let attach = move || disks.lock().unwrap_or_else(PoisonError::into_inner).attach(&request);
+        let disks = self.disks.clone();
+        let attach = move || disks.attach(&request);
         let (major, minor) = answer(blocking(attach).await.map_err(Error::Failed))?;
         Ok(AttachDiskResponse { major, minor, ..AttachDiskResponse::default() })
     }
 
     async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {
-        let disks = Arc::clone(&self.disks);
-        let detach = move || disks.lock().unwrap_or_else(PoisonError::into_inner).detach(request.place);
-        done(blocking(detach).await.map_err(Error::Failed))
+        let disks = self.disks.clone();
+        let detached = blocking(move || Ok(disks.detach(request.place))).await;
+        done(detached.unwrap_or_else(|error| Err(Error::Failed(error))))
     }
 }
 

@@ -46,7 +46,7 @@ impl Exit {
 /// From a broken connection to the monitor's last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// For a file system to be mounted with what its journal holds, or unmounted with all that was not written yet.
-const DISK_TIMEOUT: Duration = Duration::from_secs(300);
+pub const DISK_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The way to the agent.
 #[derive(Clone)]

@@ -10,15 +10,16 @@
 //!                               ^-- unmounted, let go and closed when its last container is deleted
 //! ```
 
+use std::collections::HashSet;
 use std::fs::{File, Metadata, TryLockError};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::DiskMount;
 use caisson_protocol::guest::DISKS_DIR;
 use caisson_protocol::vmm::{BLOCK_SIZES, DISKS, Disk};
@@ -28,6 +29,7 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
 use crate::errors::Error;
+use crate::pod::lock;
 use crate::sandbox::Sandbox;
 
 /// File systems that the guest's kernel mounts from a disk.
@@ -36,6 +38,9 @@ const FILE_SYSTEMS: [&str; 4] = ["ext4", "xfs", "erofs", "squashfs"];
 const ROOT: &str = "rootfs";
 /// Bytes of the name by which a guest knows a disk (virtio 1.2, 5.2.6).
 const SERIAL_BYTES: usize = 20;
+/// For somebody's look at what is on a device, and between two tries.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
+const LOCK_INTERVAL: Duration = Duration::from_millis(100);
 /// Between two looks at the sizes of disks.
 const INTERVAL: Duration = Duration::from_secs(5);
 
@@ -48,7 +53,11 @@ type Numbers = (u64, u64);
 
 /// The disks of a machine, by their places.
 #[derive(Default)]
-pub struct Disks(Arc<Mutex<Places>>);
+pub struct Disks {
+    places: Arc<Mutex<Places>>,
+    /// Containers that have some, or are about to.
+    containers: std::sync::Mutex<HashSet<String>>,
+}
 
 #[derive(Default)]
 struct Places {
@@ -113,14 +122,16 @@ impl Disks {
     /// Puts a disk into a place, or shares the one that another container of the pod has there; returns
     /// nothing when no place is left.
     async fn add(&self, sandbox: &Arc<Sandbox>, container: &str, wanted: Wanted) -> Result<Option<Placed>> {
-        let what = || format!("disk {} ({})", wanted.name, wanted.source.display());
-        let mut places = self.0.lock().await;
+        let name = format!("disk {} ({})", wanted.name, wanted.source.display());
+        let what = || name.clone();
+        lock(&self.containers).insert(container.to_owned());
+        let mut places = self.places.lock().await;
         if let Some(disk) = places.disks.iter_mut().flatten().find(|disk| disk.serves(&wanted)) {
             disk.containers.push(container.to_owned());
             return Ok(Some(disk.placed()));
         }
         let Some(place) = places.disks.iter().position(Option::is_none) else { return Ok(None) };
-        let (file, block_size) = open(&wanted).with_context(what)?;
+        let (file, block_size) = open(&wanted).await.with_context(what)?;
         let bytes = (&file).seek(SeekFrom::End(0)).with_context(what)?;
         let disk = Disk { place: place as u32, bytes, block_size, read_only: wanted.read_only, serial: serial(&wanted.name) };
         let identity = identity(&file.metadata().with_context(what)?);
@@ -131,13 +142,16 @@ impl Disks {
             Ok(numbers) => numbers,
             Err(error) => {
                 // It may be there all the same, or come yet.
-                let _ = sandbox.agent.detach_disk(place as u32).await;
-                let _ = sandbox.vmm.detach_disk(place as u32).await;
+                if !take_away(sandbox, place as u32, &name).await {
+                    let Wanted { source, read_only, mount, .. } = wanted;
+                    places.disks[place] =
+                        Some(Attached { source, identity, read_only, mount, bytes, numbers: (0, 0), containers: Vec::new() });
+                }
                 return Err(error).with_context(what);
             }
         };
         if !std::mem::replace(&mut places.followed, true) {
-            tokio::spawn(follow_sizes(Arc::clone(&self.0), Arc::clone(sandbox)));
+            tokio::spawn(follow_sizes(Arc::clone(&self.places), Arc::clone(sandbox)));
         }
         let Wanted { source, read_only, mount, .. } = wanted;
         let disk = Attached { source, identity, read_only, mount, bytes, numbers, containers: vec![container.to_owned()] };
@@ -145,14 +159,14 @@ impl Disks {
     }
 
     /// Whether a container has disks, which are to be written out before its machine goes.
-    pub async fn has(&self, container: &str) -> bool {
-        self.0.lock().await.disks.iter().flatten().any(|disk| disk.containers.iter().any(|user| user == container))
+    pub fn has(&self, container: &str) -> bool {
+        lock(&self.containers).contains(container)
     }
 
     /// Takes away the disks of a container that has exited, in a machine that is about to go: what the
     /// guest has not written yet is written then.
     pub async fn write_out(&self, sandbox: &Sandbox, container: &str) {
-        if self.has(container).await {
+        if self.has(container) {
             // Without its mount namespace nothing holds them.
             let _ = sandbox.agent.delete(container, "").await;
             self.release(sandbox, container).await;
@@ -161,25 +175,39 @@ impl Disks {
 
     /// Takes away the disks that only this container has, once its processes are gone.
     pub async fn release(&self, sandbox: &Sandbox, container: &str) {
-        let mut places = self.0.lock().await;
+        if !self.has(container) {
+            return;
+        }
+        let mut places = self.places.lock().await;
         for (place, slot) in (0u32..).zip(places.disks.iter_mut()) {
             let Some(disk) = slot.as_mut().filter(|disk| disk.containers.iter().any(|user| user == container)) else { continue };
             disk.containers.retain(|user| user != container);
             if !disk.containers.is_empty() {
                 continue;
             }
-            if let Err(error) = sandbox.agent.detach_disk(place).await
-                && !matches!(error, Error::Gone(_))
-            {
-                log::warn!("container {container}: let go of disk {}: {error}", disk.source.display());
-            }
-            match sandbox.vmm.detach_disk(place).await {
-                Ok(()) => *slot = None,
-                // Its place stays taken: the monitor may still have it open.
-                Err(error) => log::warn!("container {container}: take disk {} away: {error:#}", disk.source.display()),
+            let what = format!("disk {} of container {container}", disk.source.display());
+            if take_away(sandbox, place, &what).await {
+                *slot = None;
             }
         }
+        lock(&self.containers).remove(container);
     }
+}
+
+/// Takes a disk from the guest, and then from the monitor; whether its place is free. One that the guest
+/// does not let go stays with it: torn off it would hang whoever uses it.
+async fn take_away(sandbox: &Sandbox, place: u32, what: &str) -> bool {
+    match sandbox.agent.detach_disk(place).await {
+        Ok(()) | Err(Error::NotFound(_) | Error::Gone(_)) => {}
+        Err(error @ Error::Timeout(_)) => {
+            log::error!("{what}: {error}");
+            return false;
+        }
+        // It was let go all the same.
+        Err(error) => log::error!("{what}: {error}"),
+    }
+    // With a machine that is gone it is closed.
+    sandbox.vmm.detach_disk(place).await.inspect_err(|error| log::error!("{what}: {error:#}")).is_ok()
 }
 
 /// What a container has to know of its disk: the numbers of its device in the guest, and where that has
@@ -324,7 +352,7 @@ fn node(major: u64, minor: u64) -> Result<Option<PathBuf>> {
 
 /// Opens a disk; returns the size of its blocks besides. One that will be mounted and written is taken
 /// for us alone: a file system that two kernels write is lost.
-fn open(wanted: &Wanted) -> Result<(File, u32)> {
+async fn open(wanted: &Wanted) -> Result<(File, u32)> {
     let mut options = File::options();
     options.read(true).write(!wanted.read_only);
     let kind = std::fs::metadata(&wanted.source)?.file_type();
@@ -337,11 +365,18 @@ fn open(wanted: &Wanted) -> Result<(File, u32)> {
         _ => error.into(),
     })?;
     if wanted.mount.is_some() {
-        let locked = if alone { file.try_lock() } else { file.try_lock_shared() };
-        locked.map_err(|error| match error {
-            TryLockError::WouldBlock => anyhow::anyhow!("it is in use by another pod, or with other options"),
-            TryLockError::Error(error) => error.into(),
-        })?;
+        let begin = Instant::now();
+        loop {
+            match if alone { file.try_lock() } else { file.try_lock_shared() } {
+                Ok(()) => break,
+                // udev locks a device for as long as it looks what is on it.
+                Err(TryLockError::WouldBlock) if kind.is_block_device() && begin.elapsed() < LOCK_TIMEOUT => {
+                    tokio::time::sleep(LOCK_INTERVAL).await;
+                }
+                Err(TryLockError::WouldBlock) => bail!("it is in use by another pod, or with other options"),
+                Err(TryLockError::Error(error)) => return Err(error).context("lock it"),
+            }
+        }
     }
     let block_size = if kind.is_file() { BLOCK_SIZES[0] } else { block_size(&sysfs(file.metadata()?.rdev())) };
     Ok((file, block_size))
@@ -446,17 +481,17 @@ mod tests {
         assert!(!disk.serves(&wanted(&["rw"])));
     }
 
-    #[test]
-    fn an_image_is_mounted_by_one_writer_or_by_readers() {
+    #[tokio::test]
+    async fn an_image_is_mounted_by_one_writer_or_by_readers() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         std::fs::write(&path, [0; 1024]).unwrap();
         let wanted = |option: &str| file_system("c", "disk0", "ext4", path.to_str().unwrap(), vec![option.into()]).unwrap();
-        let readers = [open(&wanted("ro")).unwrap(), open(&wanted("ro")).unwrap()];
-        assert!(open(&wanted("rw")).unwrap_err().to_string().contains("in use by another pod"));
+        let readers = [open(&wanted("ro")).await.unwrap(), open(&wanted("ro")).await.unwrap()];
+        assert!(open(&wanted("rw")).await.unwrap_err().to_string().contains("in use by another pod"));
         drop(readers);
-        let _writer = open(&wanted("rw")).unwrap();
-        assert!(open(&wanted("ro")).is_err());
+        let _writer = open(&wanted("rw")).await.unwrap();
+        assert!(open(&wanted("ro")).await.is_err());
         let opened = identity(&path.metadata().unwrap());
         assert_eq!((size(&path, opened), size(&path, (opened.0, opened.1 + 1))), (Some(1024), None));
     }

@@ -3,11 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::agent::DISK_TIMEOUT;
 use crate::container::Container;
 use crate::machine::Machine;
 use crate::pod::{Pod, SIGKILL, lock};
 
 impl Pod {
+    /// Takes a container back that was created for nobody.
+    pub async fn discard(&self, id: &str) {
+        log::warn!("container {id}: containerd did not wait for it; it is deleted");
+        if let Err(error) = self.delete(id, "").await {
+            log::error!("container {id}: {error}");
+        }
+        self.shutdown(false).await;
+    }
+
     /// Kills all containers, within a time, and the machine.
     pub async fn stop(&self, timeout: Duration) {
         let Ok(machine) = self.machine() else { return };
@@ -48,7 +58,12 @@ impl Pod {
 
 /// Has the guest write out the disks of the containers that have exited.
 async fn write_out(machine: &Machine, containers: &[Arc<Container>]) {
-    for container in containers.iter().filter(|container| container.init.exited().is_some()) {
-        machine.disks.write_out(&machine.sandbox, &container.id).await;
+    let all = async {
+        for container in containers.iter().filter(|container| container.init.exited().is_some()) {
+            machine.disks.write_out(&machine.sandbox, &container.id).await;
+        }
+    };
+    if tokio::time::timeout(DISK_TIMEOUT, all).await.is_err() {
+        log::error!("the disks of the pod were not written out within {DISK_TIMEOUT:?}");
     }
 }

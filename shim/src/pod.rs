@@ -325,9 +325,12 @@ impl Pod {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
+        // One that is about to be started is.
+        let starting = process.starting.lock().await;
         if !process.status().can_delete() {
             return Err(Error::Precondition(format!("{}: it is running", describe(id, exec))));
         }
+        drop(starting);
         let machine = self.machine()?;
         let (sandbox, pid) = (&machine.sandbox, container.task.pid());
         if process.exited().is_none() {
@@ -363,7 +366,7 @@ impl Pod {
     }
 
     async fn delete_container(&self, machine: &Machine, id: &str) -> Result<()> {
-        let disks = machine.disks.has(id).await;
+        let disks = machine.disks.has(id);
         if id == self.id() && self.containers().len() == 1 && !disks {
             // The pod ends here: its files are on the host already, so the machine need not be asked.
             machine.sandbox.kill("the pod was deleted");

@@ -144,14 +144,14 @@ impl Sandbox for SandboxService {
     }
 
     async fn shutdown_sandbox(&self, _: &TtrpcContext, _: ShutdownSandboxRequest) -> Result<ShutdownSandboxResponse> {
-        let pod = Arc::clone(&self.pod);
+        let (pod, ended) = (Arc::clone(&self.pod), self.ended.clone());
         let end = async move {
             pod.stop(STOP_TIMEOUT).await;
             pod.shutdown(true).await;
+            ended.send_replace(true);
             Ok(())
         };
         whole(end).await?;
-        self.ended.send_replace(true);
         Ok(ShutdownSandboxResponse::new())
     }
 

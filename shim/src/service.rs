@@ -17,7 +17,7 @@ use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use ttrpc::Result;
 use ttrpc::asynchronous::TtrpcContext;
 
@@ -84,13 +84,20 @@ impl Task for TaskService {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unimplemented("restoring a container from a checkpoint is not implemented".into()).into());
         }
-        let pod = Arc::clone(&self.pod);
+        let (pod, discarded, id) = (Arc::clone(&self.pod), Arc::clone(&self.pod), request.id.clone());
         let create = async move {
             let paths = Paths { terminal: request.terminal, stdin: request.stdin, stdout: request.stdout, stderr: request.stderr };
             let spec = Spec::read(&Path::new(&request.bundle).join("config.json"))?;
             pod.create(CreateContainer { id: &request.id, bundle: &request.bundle, spec: &spec, rootfs: &request.rootfs, paths }).await
         };
-        let pid = whole(create).await?;
+        // Of a container that comes when nobody waits for it any more nobody would ever know.
+        let (answer, created) = oneshot::channel();
+        tokio::spawn(async move {
+            if let Err(Ok(_)) = answer.send(create.await) {
+                discarded.discard(&id).await;
+            }
+        });
+        let pid = created.await.map_err(|error| Error::Failed(anyhow::Error::new(error).context("create the container")))??;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
@@ -177,9 +184,14 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
-        if self.pod.shutdown(request.now).await {
-            self.ended.send_replace(true);
-        }
+        let (pod, ended) = (Arc::clone(&self.pod), self.ended.clone());
+        let shutdown = async move {
+            if pod.shutdown(request.now).await {
+                ended.send_replace(true);
+            }
+            Ok(())
+        };
+        whole(shutdown).await?;
         Ok(Empty::new())
     }
 }

@@ -1,11 +1,13 @@
 //! What happens when something is killed, missing, broken, full or too small.
 
+use std::fs::File;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use crate::Test;
 use crate::containerd::Containerd;
 use crate::ctr::{IMAGE, Output, Pod, RUNTIME, ctr, ctr_ok, id, run, run_pod};
-use crate::host::{Inventory, assert_nothing_left};
+use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[("a_bad_annotation_is_one_sentence", a_bad_annotation_is_one_sentence)];
 
@@ -16,6 +18,7 @@ pub const ALONE: &[Test] = &[
     ("a_killed_shim_exits_137_and_leaves_nothing", a_killed_shim_exits_137_and_leaves_nothing),
     ("a_panicking_guest_exits_137_and_leaves_nothing", a_panicking_guest_exits_137_and_leaves_nothing),
     ("output_and_exit_survive_a_containerd_restart", output_and_exit_survive_a_containerd_restart),
+    ("an_exit_while_containerd_is_down_is_not_lost", an_exit_while_containerd_is_down_is_not_lost),
     ("broken_files_are_one_clear_sentence", broken_files_are_one_clear_sentence),
     ("bad_settings_are_one_clear_sentence", bad_settings_are_one_clear_sentence),
     ("without_kvm_create_says_so", without_kvm_create_says_so),
@@ -70,10 +73,48 @@ fn a_bad_annotation_is_one_sentence() {
     assert!(said.contains("not allowed on this host"), "{said}");
 }
 
+/// What containerd tells its subscribers meanwhile.
+struct Events {
+    child: Child,
+    file: String,
+}
+
+impl Events {
+    fn listen() -> Self {
+        let file = format!("/tmp/{}", id("events"));
+        let child = Command::new("ctr").arg("events").stdout(File::create(&file).unwrap()).spawn().unwrap();
+        let events = Self { child, file };
+        // It is subscribed once something that happens is heard.
+        let namespace = id("heard");
+        eventually(
+            || {
+                ctr(&["namespaces", "create", &namespace]);
+                ctr(&["namespaces", "remove", &namespace]);
+                !events.so_far().is_empty()
+            },
+            "ctr hears of nothing",
+        );
+        events
+    }
+
+    fn so_far(&self) -> String {
+        std::fs::read_to_string(&self.file).unwrap()
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
 fn kill_and_expect_137(role: &str) {
     let before = Inventory::take();
     {
         let pod = Pod::start("kill", &[], "sleep 1000");
+        let events = Events::listen();
         run("kill", &["-9", &pod.host_pid(role).to_string()]);
         let start = Instant::now();
         // After the shim's death containerd forgets the task; otherwise it is stopped.
@@ -81,6 +122,9 @@ fn kill_and_expect_137(role: &str) {
             assert!(start.elapsed() < Duration::from_secs(30), "the task still runs");
             std::thread::sleep(Duration::from_millis(100));
         }
+        // Who subscribed hears of it, whoever tells.
+        let exit = |line: &str| line.contains("/tasks/exit") && line.contains(&pod.id) && line.contains("137");
+        eventually(|| events.so_far().lines().any(exit), &format!("no exit of 137 among the events: {}", events.so_far()));
         if role != "shim" {
             assert_eq!(pod.delete(), 137);
         }
@@ -142,6 +186,16 @@ fn output_and_exit_survive_a_containerd_restart() {
     assert_eq!(pod.delete(), 9);
 }
 
+fn an_exit_while_containerd_is_down_is_not_lost() {
+    let pod = Pod::start("gap", &[], "sleep 5; exit 9");
+    run("bash", &["-c", "kill -9 $(cat /run/containerd.pid)"]);
+    std::thread::sleep(Duration::from_secs(8));
+    let output = run("/usr/lib/node/containerd.sh", &[]);
+    assert_eq!(output.code, 0, "{output:?}");
+    pod.wait_for("STOPPED");
+    assert_eq!(pod.delete(), 9);
+}
+
 /// Replaces a file for as long as it lives.
 pub struct Replaced {
     path: &'static str,
@@ -184,6 +238,11 @@ fn broken_files_are_one_clear_sentence() {
     {
         let _empty = Replaced::with(INITRAMFS, Some(b""));
         assert_refused(&[], &["initramfs is no cpio archive"]);
+    }
+    {
+        let truncated = std::fs::read(INITRAMFS).unwrap();
+        let _truncated = Replaced::with(INITRAMFS, Some(&truncated[..truncated.len() / 2]));
+        assert_refused(&[], &["the initramfs is truncated"]);
     }
 }
 

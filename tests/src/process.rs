@@ -98,6 +98,8 @@ fn signals_end_a_task_with_128_plus_their_number() {
 
 fn an_exec_has_its_own_exit_code_and_streams() {
     let pod = Pod::start("exec", &[], "sleep 1000");
+    // Of a signal that it does not know.
+    assert_eq!(pod.exec(&[], &["sh", "-c", "kill -TERM $$"]).code, 143);
     let output = pod.exec(&[], &["sh", "-c", "echo out; echo err >&2; exit 7"]);
     assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (7, "out\n", "err\n"));
     // As runc has it: the exec does not start.

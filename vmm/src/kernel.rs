@@ -43,6 +43,9 @@ pub enum KernelError {
     /// The initramfs is no cpio archive, as when it is empty or something else.
     #[error("the initramfs is no cpio archive: it begins with {0:02x?} instead of \"070701\"")]
     NoCpio(Vec<u8>),
+    /// The initramfs has no end.
+    #[error("the initramfs is truncated: it does not end like a cpio archive")]
+    Truncated,
     /// Memory is too small for kernel and initramfs.
     #[error("{memory_mib} MiB of memory do not hold the kernel (to {kernel_mib} MiB) and the initramfs ({initramfs_mib} MiB)")]
     TooSmall {
@@ -154,6 +157,10 @@ fn end_of(kernel: &File) -> Option<u64> {
     end
 }
 
+/// The name of a cpio archive's last entry, and the blocks that archives are filled up to (cpio(5)).
+const CPIO_END: &[u8] = b"TRAILER!!!";
+const CPIO_BLOCK: u64 = 512;
+
 /// Puts the initramfs at the end of low memory, below the panic log.
 fn load_initramfs(memory: &GuestMemory, layout: Layout, kernel_end: u64, file: &mut File) -> Result<(u64, u64), KernelError> {
     let size = file.metadata().map_err(KernelError::ReadInitramfs)?.len();
@@ -162,6 +169,12 @@ fn load_initramfs(memory: &GuestMemory, layout: Layout, kernel_end: u64, file: &
     magic.truncate(got);
     if magic != b"070701" {
         return Err(KernelError::NoCpio(magic));
+    }
+    let length = size.min(CPIO_BLOCK);
+    let mut end = vec![0; length as usize];
+    file.read_exact_at(&mut end, size - length).map_err(KernelError::ReadInitramfs)?;
+    if !end.windows(CPIO_END.len()).any(|name| name == CPIO_END) {
+        return Err(KernelError::Truncated);
     }
     let too_small = KernelError::TooSmall {
         memory_mib: layout.low >> 20,

@@ -51,14 +51,14 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     let mut node_args = NodeArgs::usual(share.path(), command);
     node_args.counted = args.counted;
     let code = node::run(&node_args)?;
-    if code != 0 {
-        return Ok(code);
-    }
     let text = std::fs::read_to_string(share.path().join("figures")).context("read the figures")?;
     let figures = parse(&text);
     print_table(&figures);
+    let sh = xshell::Shell::new()?;
+    sh.change_dir(build::source_dir()?);
+    let revision = xshell::cmd!(sh, "git describe --always --dirty").quiet().read().unwrap_or_else(|_| "unknown".into());
     let json = serde_json::json!({
-        "version": env!("CARGO_PKG_VERSION"), "counted": args.counted, "runs": args.runs,
+        "revision": revision, "counted": args.counted, "runs": args.runs,
         "figures": figures.iter().map(|(name, values)| (name.clone(), serde_json::json!({"median": median(values), "min": values.first(), "max": values.last(), "unit": unit(name)}))).collect::<BTreeMap<_, _>>(),
         "ratios": ratios(&figures).into_iter().collect::<BTreeMap<_, _>>(),
     });
@@ -69,7 +69,7 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     }));
     std::fs::write(&path, serde_json::to_string_pretty(&json)?).with_context(|| format!("write {}", path.display()))?;
     println!("\n{}", path.display());
-    Ok(0)
+    Ok(code)
 }
 
 /// Values by name, each sorted.

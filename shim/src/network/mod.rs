@@ -51,6 +51,8 @@ const TABLE_LOCAL: u8 = 255;
 const USUAL_RULES: [u32; 3] = [0, 32_766, 32_767];
 /// For changes that come together, as when a plugin works on an interface.
 const SETTLE: Duration = Duration::from_millis(50);
+/// From a change that could not be followed to the next try.
+const RETRY: Duration = Duration::from_secs(5);
 /// The most routes, addresses and such that are replayed; a message to the agent has its bounds.
 const MAX_ENTRIES: usize = 4096;
 
@@ -124,14 +126,12 @@ impl Network {
                 self.attach(&link, &mut known, sandbox, store).await.with_context(|| format!("attach interface {}", link.name))?;
             }
             let Some(attached) = known.attached.get(&link.index) else { continue };
-            match &attached.told {
-                Some(told) if *told == link => continue,
-                Some(_) => {
-                    self.bring_up(attached.tap, link.mtu).await?;
-                    request.changed.push(link.describe(attached.place));
-                }
-                None => request.interfaces.push(link.describe(attached.place)),
+            if attached.told.as_ref() == Some(&link) {
+                continue;
             }
+            self.bring_up(attached.tap, link.mtu).await?;
+            let list = if attached.told.is_some() { &mut request.changed } else { &mut request.interfaces };
+            list.push(link.describe(attached.place));
             told.push(link);
         }
         let entries = self.entries(&known).await?;
@@ -252,16 +252,20 @@ impl Network {
         let network = Arc::clone(self);
         tokio::spawn(async move {
             let mut ended = sandbox.ended();
+            let mut failed = false;
             loop {
                 tokio::select! {
                     _ = ended.wait_for(Option::is_some) => return,
                     change = changes.next() => if change.is_none() { return },
+                    () = tokio::time::sleep(RETRY), if failed => {}
                 }
                 tokio::time::sleep(SETTLE).await;
                 while changes.next().now_or_never().flatten().is_some() {}
-                if let Err(error) = network.sync(&sandbox, &store).await {
+                let outcome = network.sync(&sandbox, &store).await;
+                if let (Err(error), false) = (&outcome, failed) {
                     log::warn!("follow a change of the pod's network: {error:#}");
                 }
+                failed = outcome.is_err();
             }
         });
         Ok(())
