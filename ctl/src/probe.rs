@@ -9,7 +9,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
@@ -70,6 +70,9 @@ fn run() -> Result<()> {
     // SAFETY: the mapping lives to the end of this function, and the machine does not outlive it.
     unsafe { vm.set_user_memory_region(region) }.context("give the virtual machine memory")?;
     let mut vcpu = vm.create_vcpu(0).context("create a vCPU")?;
+    // KVM refuses registers that the vCPU's CPUID does not know; recent ones also when it has none.
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("ask KVM for its CPUID")?;
+    vcpu.set_cpuid2(&cpuid).context("set the vCPU's CPUID")?;
     set_registers(&vcpu)?;
     for _ in 0..MAX_EXITS {
         match vcpu.run().context("run the vCPU")? {

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use caisson_host::control::Control;
@@ -26,23 +27,24 @@ use crate::service::TaskService;
 /// containerd up to 1.7 asks for the first, from 2.0 on for the second; the messages are the same.
 const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 /// How long the answer to the last request may take to leave.
-const GOODBYE: std::time::Duration = std::time::Duration::from_millis(50);
+const GOODBYE: Duration = Duration::from_millis(50);
 
 /// Serves until the pod is shut down.
 ///
 /// # Errors
 /// When the listening socket is not where `start` leaves it, or cannot be served.
 pub fn serve(flags: Flags) -> Result<()> {
+    let begin = Instant::now();
     let listener = OwnedFd::from(Control::inherited().context("find the listening socket; this program is started by containerd")?);
     // What our jailed processes leave behind is ours to collect.
     nix::sys::prctl::set_child_subreaper(true).context("become the reaper of the pod's processes")?;
     let level = if flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
     crate::logger::init(Path::new("."), &flags.namespace, &flags.id, level);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    runtime.block_on(run(&flags, listener.into()))
+    runtime.block_on(run(&flags, listener.into(), begin))
 }
 
-async fn run(flags: &Flags, listener: std::os::unix::net::UnixListener) -> Result<()> {
+async fn run(flags: &Flags, listener: std::os::unix::net::UnixListener, begin: Instant) -> Result<()> {
     let socket = socket_path(&flags.address, &flags.namespace, &flags.id);
     let name = Name { namespace: flags.namespace.clone(), id: flags.id.clone(), socket: socket.to_string_lossy().into_owned() };
     let pod = Arc::new(Pod::new(name, Events::start(&flags.namespace)));
@@ -58,6 +60,7 @@ async fn run(flags: &Flags, listener: std::os::unix::net::UnixListener) -> Resul
     let connections = unfold(listener, |listener| async { Some((listener.accept().await.map(|(stream, _)| stream), listener)) });
     let mut server = Server::new().add_listener(Listener::new(connections)).register_service(services);
     server.start().await.context("serve containerd")?;
+    log::info!("shim is ready: {} ms", begin.elapsed().as_millis());
     // The sender lives in the service, which lives as long as the server.
     let _ = wait.wait_for(|ended| *ended).await;
     let _ = std::fs::remove_file(&socket);

@@ -1,7 +1,7 @@
 //! How a pod ends: its containers first, then what their disks have not got yet, then its machine.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::agent::DISK_TIMEOUT;
 use crate::container::Container;
@@ -44,12 +44,14 @@ impl Pod {
         if !now && !containers.is_empty() {
             return false;
         }
+        let begin = Instant::now();
         // A boot that is under way has its own time-out.
         let _booting = self.booting.lock().await;
         let machine = lock(&self.machine).take();
         if let Some(machine) = machine {
             write_out(&machine, &containers).await;
             machine.end("the pod was shut down");
+            log::info!("pod was taken apart: teardown {} ms", begin.elapsed().as_millis());
         }
         self.events.flush().await;
         true

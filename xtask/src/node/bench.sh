@@ -22,6 +22,12 @@ for n in $(seq 0 "$1"); do
 	phase kernel "guest kernel"
 	phase agent "agent"
 	note start.caisson "$(echo "$line" | sed -nE 's/.*; ([0-9]+) ms in all.*/\1/p')"
+	line=$(grep "shim is ready" /var/log/containerd.log | tail -n 1)
+	phase shim "ready:"
+	line=$(grep "was created in" /var/log/containerd.log | tail -n 1)
+	phase container "container"
+	line=$(grep "was taken apart" /var/log/containerd.log | tail -n 1)
+	phase teardown "teardown"
 	note phase.create "$(grep "was created in" /var/log/containerd.log | tail -n 1 | sed -nE 's/.*created in ([0-9]+) ms.*/\1/p')"
 	# The same kernel and initramfs. Without a share the agent ends at once, the kernel panics and
 	# the machine resets: from exec to the guest's first program, which is less than ready.
@@ -31,28 +37,30 @@ for n in $(seq 0 "$1"); do
 		-append "reboot=t panic=-1 rdinit=/init quiet 8250.nr_uarts=0 random.trust_cpu=on tsc=reliable no_timer_check rcupdate.rcu_expedited=1" </dev/null >/dev/null 2>&1
 	note start.qemu-microvm "$(ms "$begin" "$(now)")"
 done
-ctr run --detach --runtime io.containerd.caisson.v2 $image bench-idle sleep 1000 || exit 1
-sleep 3
-caisson list --json >/tmp/record
-total=0
-for role in shim vmm fs; do
-	pid=$(jq -r ".processes[] | select(.role == \"$role\") | .pid" /tmp/record)
-	pss=$(sed -nE 's/^Pss: +([0-9]+) kB/\1/p' "/proc/$pid/smaps_rollup")
-	if [ $role = vmm ] || [ $role = fs ]; then
-		guest=$(sed -n '/guest-memory/,/^Pss:/p' "/proc/$pid/smaps" | { sum=0; while read -r key value _; do [ "$key" = Pss: ] && sum=$((sum + value)); done; echo $sum; })
-		pss=$((pss - guest))
-	fi
-	note "memory.$role" "$pss"
-	total=$((total + pss))
+for n in $(seq 1 "$1"); do
+	ctr run --detach --runtime io.containerd.caisson.v2 $image "bench-idle-$n" sleep 1000 || exit 1
+	sleep 3
+	caisson list --json >/tmp/record
+	total=0
+	for role in shim vmm fs; do
+		pid=$(jq -r ".processes[] | select(.role == \"$role\") | .pid" /tmp/record)
+		pss=$(sed -nE 's/^Pss: +([0-9]+) kB/\1/p' "/proc/$pid/smaps_rollup")
+		if [ $role = vmm ] || [ $role = fs ]; then
+			guest=$(sed -n '/guest-memory/,/^Pss:/p' "/proc/$pid/smaps" | { sum=0; while read -r key value _; do [ "$key" = Pss: ] && sum=$((sum + value)); done; echo $sum; })
+			pss=$((pss - guest))
+		fi
+		note "memory.$role" "$pss"
+		total=$((total + pss))
+	done
+	note memory.processes $total
+	vmm=$(jq -r '.processes[] | select(.role == "vmm") | .pid' /tmp/record)
+	for fd in /proc/"$vmm"/fd/*; do
+		case $(readlink "$fd") in *guest-memory*) note memory.guest-touched $(($(stat -Lc %b "$fd") / 2)); break ;; esac
+	done
+	ctr task kill -s SIGKILL "bench-idle-$n"
+	sleep 1
+	ctr task delete "bench-idle-$n" 2>/dev/null
 done
-note memory.processes $total
-vmm=$(jq -r '.processes[] | select(.role == "vmm") | .pid' /tmp/record)
-for fd in /proc/"$vmm"/fd/*; do
-	case $(readlink "$fd") in *guest-memory*) note memory.guest-touched $(($(stat -Lc %b "$fd") / 2)); break ;; esac
-done
-ctr task kill -s SIGKILL bench-idle
-sleep 1
-ctr task delete bench-idle 2>/dev/null
 for file in /usr/bin/containerd-shim-caisson-v2 /usr/bin/caisson /usr/libexec/caisson/caisson-vmm /usr/libexec/caisson/caisson-fs /usr/share/caisson/vmlinux /usr/share/caisson/initramfs; do
 	note "size.$(basename $file)" $(($(stat -c %s $file) / 1024))
 done
