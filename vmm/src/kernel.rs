@@ -237,9 +237,16 @@ mod tests {
     }
 
     #[test]
+    fn an_initramfs_without_an_end_is_refused() {
+        let (memory, layout) = memory();
+        let error = load_initramfs(&memory, layout, 0, &mut file(b"070701")).unwrap_err();
+        assert!(error.to_string().contains("truncated"), "{error}");
+    }
+
+    #[test]
     fn an_initramfs_that_reaches_into_the_kernel_is_refused() {
         let (memory, layout) = memory();
-        let error = load_initramfs(&memory, layout, 64 << 20, &mut file(b"070701")).unwrap_err();
+        let error = load_initramfs(&memory, layout, 64 << 20, &mut file(b"070701 TRAILER!!!")).unwrap_err();
         assert!(error.to_string().starts_with("64 MiB of memory do not hold the kernel"), "{error}");
     }
 
