@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use crate::cgroup::Cgroup;
 use crate::hugepages::HugePages;
 use crate::init::{bundle_dir, process_file, spec_file};
+use crate::names::check_id;
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
 use crate::{devices, share, sys, volumes};
@@ -35,9 +36,6 @@ pub enum Error {
     #[error("{0:#}")]
     Failed(#[from] anyhow::Error),
 }
-
-/// Longest id that is taken for a folder's name.
-const MAX_ID: usize = 200;
 
 enum Phase {
     /// An exec that was not started.
@@ -329,17 +327,6 @@ fn name(container: &str, exec: &str) -> String {
     if exec.is_empty() { format!("container {container}") } else { format!("exec {exec} of container {container}") }
 }
 
-/// Ids become names of files.
-fn check_id(id: &str) -> Result<(), Error> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if id.is_empty() || id.len() > MAX_ID || id.starts_with('.') || !id.chars().all(plain) {
-        return Err(Error::Invalid(format!(
-            "id {id:?}: allowed are 1 to {MAX_ID} letters, digits, '-', '_' and '.', not beginning with '.'"
-        )));
-    }
-    Ok(())
-}
-
 /// Runs what blocks on a thread of its own.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await.context("a thread of the agent ended")?
@@ -371,20 +358,5 @@ fn clean_up(id: &str, huge_pages: &HugePages, mounts: Option<File>) -> anyhow::R
     match std::fs::remove_dir_all(bundle_dir(id)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove the bundle"),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_id_that_is_no_plain_name_is_refused() {
-        for id in ["", ".", "..", "a/b", "a b", "\n", &"x".repeat(201)] {
-            assert!(check_id(id).is_err(), "{id:?}");
-        }
-        for id in ["web", "a-b_c.d", &"x".repeat(200)] {
-            assert!(check_id(id).is_ok(), "{id:?}");
-        }
     }
 }

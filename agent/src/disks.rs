@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use caisson_protocol::agent::{AttachDiskRequest, DiskMount};
 use caisson_protocol::guest::{DISKS_DIR, FIRST_DISK_DEVICE};
 use caisson_protocol::vmm::DISKS;
@@ -17,6 +17,7 @@ use nix::mount::{MntFlags, mount, umount2};
 use crate::containers::Error;
 use crate::init::flags_and_data;
 use crate::machine;
+use crate::names::check_file_name;
 
 /// For the last process of a container to be gone that used its files.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -96,7 +97,7 @@ fn device(place: u32) -> u32 {
 /// Where a disk is mounted; both names are plain.
 fn target(wanted: &DiskMount) -> Result<PathBuf> {
     for name in [&wanted.container, &wanted.name] {
-        ensure!(!name.is_empty() && !name.starts_with('.') && !name.contains('/'), "{name:?} is no name of a disk");
+        check_file_name(name)?;
     }
     Ok(Path::new(DISKS_DIR).join(&wanted.container).join(&wanted.name))
 }

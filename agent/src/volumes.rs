@@ -14,6 +14,7 @@ use anyhow::{Context, Result, ensure};
 use caisson_protocol::guest::{MOUNTS_DIR, SHARE_DIR, VOLUME_STATE, VOLUMES_DIR};
 
 use crate::machine::memory_kib;
+use crate::names::check_file_name;
 
 /// The link before it replaces the one that readers follow.
 const NEXT_STATE: &str = "..data_tmp";
@@ -30,7 +31,7 @@ const MAX_DEPTH: usize = 32;
 /// When a name is no plain one, or the state cannot be copied; then the copy is as it was.
 pub fn publish(container: &str, volume: &str, state: &str) -> Result<()> {
     for name in [container, volume, state] {
-        ensure!(!name.is_empty() && !name.contains('/') && !matches!(name, "." | ".."), "volume {volume:?}: {name:?} is no plain name");
+        check_file_name(name).with_context(|| format!("volume {volume:?}"))?;
     }
     ensure!(state.starts_with(".."), "volume {volume}: state {state:?} does not begin with \"..\"");
     let source = Path::new(SHARE_DIR).join(container).join(MOUNTS_DIR).join(volume);

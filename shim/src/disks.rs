@@ -94,7 +94,7 @@ struct Wanted {
 
 impl Disks {
     /// Gives a container the disks that its specification asks for, and points that at them; whether
-    /// its root file system is one. For a sandbox's, of which nothing is read, no place is wasted.
+    /// its root file system is one.
     ///
     /// # Errors
     /// Which could not be opened, attached or mounted, and why. What was attached until then stays for
@@ -138,23 +138,22 @@ impl Disks {
         sandbox.vmm.attach_disk(disk, file.as_fd()).await.with_context(what)?;
         // Closed here, so that it is closed for good once the monitor has done so.
         drop(file);
-        let numbers = match sandbox.agent.attach_disk(place as u32, wanted.mount.clone()).await {
-            Ok(numbers) => numbers,
+        let Wanted { source, read_only, mount, .. } = wanted;
+        let mut disk = Attached { source, identity, read_only, mount, bytes, numbers: (0, 0), containers: Vec::new() };
+        match sandbox.agent.attach_disk(place as u32, disk.mount.clone()).await {
+            Ok(numbers) => disk.numbers = numbers,
             Err(error) => {
                 // It may be there all the same, or come yet.
                 if !take_away(sandbox, place as u32, &name).await {
-                    let Wanted { source, read_only, mount, .. } = wanted;
-                    places.disks[place] =
-                        Some(Attached { source, identity, read_only, mount, bytes, numbers: (0, 0), containers: Vec::new() });
+                    places.disks[place] = Some(disk);
                 }
                 return Err(error).with_context(what);
             }
-        };
+        }
         if !std::mem::replace(&mut places.followed, true) {
             tokio::spawn(follow_sizes(Arc::clone(&self.places), Arc::clone(sandbox)));
         }
-        let Wanted { source, read_only, mount, .. } = wanted;
-        let disk = Attached { source, identity, read_only, mount, bytes, numbers, containers: vec![container.to_owned()] };
+        disk.containers.push(container.to_owned());
         Ok(Some(places.disks[place].insert(disk).placed()))
     }
 

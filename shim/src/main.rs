@@ -9,6 +9,7 @@
 
 mod agent;
 mod bootstrap;
+mod calls;
 mod cgroup;
 mod cleanup;
 mod container;

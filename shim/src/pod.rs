@@ -182,6 +182,7 @@ impl Pod {
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
         let folder = ShareFolder::make(&machine.store, request.id, &binds, machine.config.fs_dead_sockets)?;
+        // Of a sandbox's root nothing is read: no disk's place is wasted on it.
         let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
         if !machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await? {
             folder.mount_root(&machine.store, request.spec, Path::new(request.bundle), request.rootfs)?;

@@ -21,13 +21,13 @@ use ttrpc::Result;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::agent::Exit;
+use crate::calls::whole;
 use crate::container::Container;
 use crate::cri::PodSandbox;
 use crate::errors::{self, Error};
 use crate::events::timestamp;
 use crate::pod::{CreateContainer, Pod};
 use crate::process::Status;
-use crate::service::whole;
 use crate::stats;
 use crate::stdio::Paths;
 
@@ -40,14 +40,14 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 /// The service.
 pub struct SandboxService {
     pod: Arc<Pod>,
-    created: OnceLock<SystemTime>,
+    created: Arc<OnceLock<SystemTime>>,
     ended: watch::Sender<bool>,
 }
 
 impl SandboxService {
     /// A service for a pod; `ended` is told when the shim is to end.
     pub fn new(pod: Arc<Pod>, ended: watch::Sender<bool>) -> Self {
-        Self { pod, created: OnceLock::new(), ended }
+        Self { pod, created: Arc::default(), ended }
     }
 
     /// The sandbox's container.
@@ -55,18 +55,15 @@ impl SandboxService {
         self.pod.sandbox()?;
         self.pod.container(self.pod.id())
     }
+}
 
-    async fn start(&self) -> errors::Result<u32> {
-        let sandbox = self.pod.sandbox()?;
-        let id = self.pod.id();
-        let rootfs = [empty_root(sandbox.root)];
-        let request = CreateContainer { id, bundle: &sandbox.bundle, spec: &sandbox.spec, rootfs: &rootfs, paths: Paths::default() };
-        self.pod.create(request).await?;
-        let pid = self.pod.start(id, "").await?;
-        // A second start does not come this far.
-        let _ = self.created.set(SystemTime::now());
-        Ok(pid)
-    }
+/// Makes a pod's sandbox and starts it.
+async fn start(pod: &Arc<Pod>) -> errors::Result<u32> {
+    let sandbox = pod.sandbox()?;
+    let rootfs = [empty_root(sandbox.root)];
+    let request = CreateContainer { id: pod.id(), bundle: &sandbox.bundle, spec: &sandbox.spec, rootfs: &rootfs, paths: Paths::default() };
+    pod.create(request).await?;
+    pod.start(pod.id(), "").await
 }
 
 /// The root of a container without image: room for the folders that are mounted over.
@@ -90,7 +87,14 @@ impl Sandbox for SandboxService {
     }
 
     async fn start_sandbox(&self, _: &TtrpcContext, _: StartSandboxRequest) -> Result<StartSandboxResponse> {
-        let pid = self.start().await?;
+        let (pod, created) = (Arc::clone(&self.pod), Arc::clone(&self.created));
+        let start = async move {
+            let pid = start(&pod).await?;
+            // A second start does not come this far.
+            let _ = created.set(SystemTime::now());
+            Ok(pid)
+        };
+        let pid = whole(start).await?;
         let created_at = self.created.get().copied().map(timestamp).into();
         Ok(StartSandboxResponse { pid, created_at, ..StartSandboxResponse::default() })
     }

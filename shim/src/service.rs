@@ -17,11 +17,12 @@ use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::Task;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use ttrpc::Result;
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::errors::{self, Error};
+use crate::calls::{whole, whole_or};
+use crate::errors::Error;
 use crate::events::timestamp;
 use crate::pod::{CreateContainer, Pod};
 use crate::process;
@@ -40,16 +41,6 @@ impl TaskService {
     pub fn new(pod: Arc<Pod>, ended: watch::Sender<bool>) -> Self {
         Self { pod, ended }
     }
-}
-
-/// Runs a call to its end, also when the caller's time is up: the server drops what it waits for then,
-/// and a container that is half made or half deleted is worse than one that is late.
-///
-/// # Errors
-/// Those of the call.
-pub async fn whole<T: Send + 'static>(call: impl Future<Output = errors::Result<T>> + Send + 'static) -> Result<T> {
-    let outcome = tokio::spawn(call).await;
-    Ok(outcome.unwrap_or_else(|error| Err(Error::Failed(anyhow::Error::new(error).context("serve a call"))))?)
 }
 
 #[async_trait]
@@ -91,13 +82,7 @@ impl Task for TaskService {
             pod.create(CreateContainer { id: &request.id, bundle: &request.bundle, spec: &spec, rootfs: &request.rootfs, paths }).await
         };
         // Of a container that comes when nobody waits for it any more nobody would ever know.
-        let (answer, created) = oneshot::channel();
-        tokio::spawn(async move {
-            if let Err(Ok(_)) = answer.send(create.await) {
-                discarded.discard(&id).await;
-            }
-        });
-        let pid = created.await.map_err(|error| Error::Failed(anyhow::Error::new(error).context("create the container")))??;
+        let pid = whole_or(create, async move { discarded.discard(&id).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 

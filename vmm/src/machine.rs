@@ -89,7 +89,7 @@ impl Running {
     /// When there is no such place, or it is not empty.
     pub fn attach_nic(&mut self, nic: Nic, attached: Attached) -> Result<()> {
         let index = nic.place as usize;
-        let place = self.places.nics.get(index).with_context(|| format!("network interface {index}: there are {NICS} places"))?.clone();
+        let place = self.nic(nic.place)?.clone();
         self.connect(FIRST_NIC_DEVICE + nic.place)?;
         // The tap first: once the device appears its driver may come at any time.
         self.commands.send(Command::AttachTap(index, attached))?;
@@ -102,9 +102,12 @@ impl Running {
     /// # Errors
     /// When there is no such place.
     pub fn detach_nic(&self, index: u32) -> Result<()> {
-        let place = self.places.nics.get(index as usize).with_context(|| format!("network interface {index}: there are {NICS} places"))?;
-        place.detach();
+        self.nic(index)?.detach();
         Ok(self.commands.send(Command::DetachTap(index as usize, None))?)
+    }
+
+    fn nic(&self, index: u32) -> Result<&net::Place> {
+        self.places.nics.get(index as usize).with_context(|| format!("network interface {index}: there are {NICS} places"))
     }
 
     /// Puts a disk into an empty place; the guest finds it when it looks again.
@@ -210,8 +213,10 @@ impl Machine {
             transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
         }
         let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(slot).collect();
-        for ((transport, slot), _) in transports.iter().zip(&slots).zip(0..).filter(|(_, device)| !is_place(*device)) {
-            connect(&vm, transport, slot)?;
+        for (device, transport) in (0u32..).zip(&transports) {
+            if !is_place(device) {
+                connect(&vm, transport, &slot(device))?;
+            }
         }
         let serial = files.console.map(Serial::new).transpose().context("create the serial console")?;
         if let Some(serial) = &serial {
