@@ -1,12 +1,16 @@
 //! Generates the agent's messages and service, and the messages of the CRI that the shim reads
 //! (pure Rust, no protoc).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// What host and guest have to have in common.
+const COMMON: [&str; 2] = ["agent.proto", "src/guest.rs"];
 
 fn main() {
     println!("cargo:rerun-if-changed=agent.proto");
     println!("cargo:rerun-if-changed=cri.proto");
     let source = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    println!("cargo:rustc-env=PROTOCOL_DIGEST={:08x}", digest(&source));
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     ttrpc_codegen::Codegen::new()
         .inputs([source.join("agent.proto"), source.join("cri.proto")])
@@ -24,4 +28,16 @@ fn main() {
         let kept: Vec<&str> = text.lines().filter(|line| !line.starts_with("#!") && !line.starts_with("//!")).collect();
         std::fs::write(&path, kept.join("\n")).expect("OUT_DIR is writable");
     }
+}
+
+/// FNV-1a over the files that host and guest have in common.
+fn digest(source: &Path) -> u32 {
+    let mut digest = 0x811c_9dc5_u32;
+    for name in COMMON {
+        println!("cargo:rerun-if-changed={name}");
+        for byte in std::fs::read(source.join(name)).expect("the file is a part of this crate") {
+            digest = (digest ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+        }
+    }
+    digest
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::settings;
 use caisson_protocol::config::Config;
+use caisson_sys::mounts::Attributes;
 
 use crate::probe;
 
@@ -62,6 +63,8 @@ fn all(path: &Path) -> Vec<Check> {
             outcome: filesystem("overlay"),
             remedy: "Run `modprobe overlay`, or use another snapshotter.",
         },
+        Check { what: "volumes", outcome: volumes(), remedy: "Use Linux 5.12 or later, which has mount_setattr(2)." },
+        Check { what: "taps of pod networks", outcome: taps(), remedy: "Run `modprobe tun`, or install the kernel's package that has it." },
         Check { what: "cgroups", outcome: cgroups(), remedy: "Mount cgroup2 at /sys/fs/cgroup, as systemd does." },
         file("guest kernel", &effective.kernel_path, "Run `cargo xtask install`, or set kernel.path."),
         file("initramfs", &effective.initramfs_path, "Run `cargo xtask install`, or set image.initramfs."),
@@ -102,6 +105,20 @@ fn filesystem(name: &str) -> Result<String> {
     let known = std::fs::read_to_string("/proc/filesystems").context("/proc/filesystems")?;
     ensure!(known.lines().any(|line| line.split_whitespace().last() == Some(name)), "the kernel does not know {name}");
     Ok("available".into())
+}
+
+fn volumes() -> Result<String> {
+    let root = std::fs::File::open("/").context("/")?;
+    // Of nothing that is to change the kernel only says whether it knows the call.
+    caisson_sys::mounts::set_attributes(&root, Attributes::default(), false).context("mount_setattr")?;
+    Ok("mounts can be bound by descriptor".into())
+}
+
+/// The kernel loads the driver when its device is opened.
+fn taps() -> Result<String> {
+    let path = "/dev/net/tun";
+    std::fs::File::options().read(true).write(true).open(path).context(path)?;
+    Ok(path.into())
 }
 
 fn cgroups() -> Result<String> {

@@ -19,5 +19,6 @@ pub mod guest;
 pub mod record;
 pub mod vmm;
 
-/// Version of this build. Shim and agent must carry the same one.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Version of this build, with a digest of what host and guest have to have in common. Shim and agent
+/// must carry the same one.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "+", env!("PROTOCOL_DIGEST"));

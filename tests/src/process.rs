@@ -1,7 +1,7 @@
 //! Exit codes, identity, limits and signals of processes.
 
 use crate::Test;
-use crate::ctr::{Pod, ctr_ok, run_pod, shell};
+use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, ctr_ok, id, run_pod, shell};
 
 pub const TESTS: &[Test] = &[
     ("exit_codes_come_back", exit_codes_come_back),
@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     ("pause_stops_and_resume_continues", pause_stops_and_resume_continues),
     ("annotations_size_the_machine", annotations_size_the_machine),
     ("what_a_container_writes_is_in_the_snapshot", what_a_container_writes_is_in_the_snapshot),
+    ("a_snapshot_may_be_a_plain_folder", a_snapshot_may_be_a_plain_folder),
     ("a_memory_limit_kills_the_process_and_not_the_pod", a_memory_limit_kills_the_process_and_not_the_pod),
 ];
 
@@ -194,6 +195,18 @@ fn what_a_container_writes_is_in_the_snapshot() {
     assert!(std::fs::metadata(root.join("fifo")).unwrap().file_type().is_fifo());
     // What was removed is a whiteout: a character device 0:0.
     assert!(std::fs::symlink_metadata(std::path::Path::new(upper).join("bin/vi")).unwrap().file_type().is_char_device());
+}
+
+fn a_snapshot_may_be_a_plain_folder() {
+    // The native snapshotter copies each layer, and its mount is a bind.
+    shell("ctr images import --snapshotter native /usr/lib/node/busybox.tar");
+    let name = id("native");
+    let output = ctr(&["run", "--runtime", RUNTIME, "--snapshotter", "native", IMAGE, &name, "sh", "-c", "echo kept > /root/file; exit 3"]);
+    let folder = ctr_ok(&["snapshots", "--snapshotter", "native", "mounts", "/tmp/root", &name]);
+    let folder = folder.split_whitespace().find(|word| word.contains("snapshotter.v1.native")).unwrap_or_else(|| panic!("{folder}"));
+    let kept = std::fs::read_to_string(format!("{folder}/root/file"));
+    ctr_ok(&["container", "delete", &name]);
+    assert_eq!((output.code, kept.unwrap().as_str()), (3, "kept\n"), "{output:?}");
 }
 
 fn a_memory_limit_kills_the_process_and_not_the_pod() {

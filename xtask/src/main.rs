@@ -5,6 +5,7 @@ mod build;
 mod cache;
 mod demo;
 mod install;
+mod interrupt;
 mod node;
 mod packages;
 mod progress;
@@ -55,8 +56,11 @@ enum Command {
 }
 
 fn main() -> std::process::ExitCode {
-    match run(Cli::parse().command) {
+    let command = Cli::parse().command;
+    match interrupt::catch().and_then(|()| run(command)) {
         Ok(code) => std::process::ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        // What ended by it has no other reason worth reading.
+        Err(_) if interrupt::seen() => std::process::ExitCode::from(interrupt::EXIT_CODE as u8),
         Err(error) => {
             eprintln!("error: {error:#}");
             std::process::ExitCode::FAILURE

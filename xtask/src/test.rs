@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use xshell::{Shell, cmd};
 
 use crate::node::{self, NodeArgs};
-use crate::{build, progress};
+use crate::{build, interrupt, progress};
 
 /// Passed and failed.
 #[derive(Default, Clone, Copy)]
@@ -94,7 +94,7 @@ fn node_tests(filter: Option<&str>) -> Result<Tally> {
             }
             // The node itself went down, which its emulated processor does once in a while. The
             // tests that it had not finished get another node; a test that fails is not run again.
-            Err(error) if attempt < NODE_ATTEMPTS => {
+            Err(error) if attempt < NODE_ATTEMPTS && !interrupt::seen() => {
                 println!("node tests: {error:#}\nnode tests: going on in a new node after {} tests", done.len())
             }
             Err(error) => return Err(error),

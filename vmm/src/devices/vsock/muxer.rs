@@ -95,7 +95,7 @@ impl Muxer {
 
     /// Ends the host's side of a stream once its descriptor is drained.
     pub fn close_source(&mut self, port: u32) {
-        let Some((&number, stream)) = self.streams.iter_mut().find(|(_, stream)| stream.host_port == port) else {
+        let Some((&number, stream)) = self.streams.iter_mut().find(|(_, stream)| stream.host_port() == port) else {
             if let Some(offered) = self.offers.get_mut(&port) {
                 offered.closing = true;
             }
@@ -112,7 +112,7 @@ impl Muxer {
     pub fn withdraw(&mut self, port: u32) {
         if self.offers.remove(&port).is_some() {
             self.closed.push(port);
-        } else if let Some((&number, stream)) = self.streams.iter_mut().find(|(_, stream)| stream.host_port == port) {
+        } else if let Some((&number, stream)) = self.streams.iter_mut().find(|(_, stream)| stream.host_port() == port) {
             stream.break_off();
             self.settle(number);
         }
@@ -223,13 +223,13 @@ impl Muxer {
 
     fn remove(&mut self, number: u64) {
         let Some(stream) = self.streams.remove(&number) else { return };
-        self.numbers.remove(&(stream.guest_port, stream.host_port));
+        self.numbers.remove(&(stream.guest_port(), stream.host_port()));
         self.outgoing.retain(|other| *other != number);
         for (fd, token) in descriptors(&stream, number) {
             // The shim may hold the same open file, so closing ours would not end the watch.
             let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::new(EventSet::empty(), token));
         }
-        self.closed.push(stream.host_port);
+        self.closed.push(stream.host_port());
     }
 
     /// Whether there may be a packet for the guest.
@@ -245,7 +245,7 @@ impl Muxer {
         while let Some(number) = self.outgoing.pop_front() {
             let Some(stream) = self.streams.get_mut(&number) else { continue };
             let next = stream.next(buffer);
-            let mut header = addressed(stream.guest_port, stream.host_port);
+            let mut header = addressed(stream.guest_port(), stream.host_port());
             match next {
                 Next::Idle => {
                     self.settle(number);

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::unistd::{read, write};
+use serde::{Deserialize, Serialize};
 
 use super::packet::{Header, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
@@ -48,16 +49,13 @@ pub enum Next {
     Reset,
 }
 
-/// A stream's state.
-#[derive(Debug)]
-pub struct Stream {
-    /// The host port that was offered.
-    pub host_port: u32,
-    /// The guest's port.
-    pub guest_port: u32,
-    /// Where the guest reads from.
-    pub source: Option<Source>,
-    sink: Option<OwnedFd>,
+/// What the two sides have agreed on and what is under way: all of a stream but its descriptors,
+/// ready to be saved.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct State {
+    host_port: u32,
+    guest_port: u32,
+    /// What the sink has not taken yet.
     buffer: VecDeque<u8>,
     /// Bytes from the guest, and those of them that the sink took.
     received: u32,
@@ -77,28 +75,36 @@ pub struct Stream {
     broken: bool,
 }
 
+/// A stream.
+#[derive(Debug)]
+pub struct Stream {
+    /// Where the guest reads from.
+    pub source: Option<Source>,
+    sink: Option<OwnedFd>,
+    state: State,
+}
+
 impl Stream {
     /// A stream that the guest has just asked for.
     pub fn new(host_port: u32, request: &Header, source: Option<OwnedFd>, sink: Option<OwnedFd>) -> Self {
-        Self {
+        let state = State {
             host_port,
             guest_port: request.src_port,
-            source: source.map(|fd| Source { fd, ready: false, closing: false }),
-            sink,
-            buffer: VecDeque::new(),
-            received: 0,
-            forwarded: 0,
-            announced: 0,
-            sent: 0,
             peer_buffer: request.buf_alloc,
             peer_forwarded: request.fwd_cnt,
-            accepted: false,
-            credit_wanted: false,
-            ended: false,
-            guest_done: false,
-            guest_gone: false,
-            broken: false,
-        }
+            ..State::default()
+        };
+        Self { source: source.map(|fd| Source { fd, ready: false, closing: false }), sink, state }
+    }
+
+    /// The host port that was offered.
+    pub const fn host_port(&self) -> u32 {
+        self.state.host_port
+    }
+
+    /// The guest's port.
+    pub const fn guest_port(&self) -> u32 {
+        self.state.guest_port
     }
 
     /// The descriptor that the guest writes to.
@@ -108,60 +114,60 @@ impl Stream {
 
     /// Whether the sink must become writable before anything goes on.
     pub fn awaits_sink(&self) -> bool {
-        !self.buffer.is_empty()
+        !self.state.buffer.is_empty()
     }
 
     /// Whether nothing is left to do but to say so.
     pub fn is_over(&self) -> bool {
-        self.broken || (self.guest_done && self.buffer.is_empty())
+        self.state.broken || (self.state.guest_done && self.state.buffer.is_empty())
     }
 
     /// Whether the guest is owed a reset when the stream is over.
     pub fn owes_reset(&self) -> bool {
-        !self.guest_gone
+        !self.state.guest_gone
     }
 
     /// Takes the guest's account of its buffer.
     pub fn update_credit(&mut self, header: &Header) {
-        self.peer_buffer = header.buf_alloc;
-        self.peer_forwarded = header.fwd_cnt;
+        self.state.peer_buffer = header.buf_alloc;
+        self.state.peer_forwarded = header.fwd_cnt;
     }
 
     /// The guest asks how much room there is.
     pub fn want_credit(&mut self) {
-        self.credit_wanted = true;
+        self.state.credit_wanted = true;
     }
 
     /// Takes data from the guest.
     pub fn receive(&mut self, data: &[u8]) {
-        let room = BUFFER - self.received.wrapping_sub(self.forwarded);
-        if self.guest_done || data.len() > room as usize {
+        let room = BUFFER - self.state.received.wrapping_sub(self.state.forwarded);
+        if self.state.guest_done || data.len() > room as usize {
             // Against the protocol: the guest knew that there was no room.
-            self.broken = true;
+            self.state.broken = true;
             return;
         }
-        self.received = self.received.wrapping_add(data.len() as u32);
-        let taken = if self.buffer.is_empty() { self.push(data) } else { 0 };
-        if self.sink.is_some() && !self.broken {
-            self.buffer.extend(&data[taken..]);
+        self.state.received = self.state.received.wrapping_add(data.len() as u32);
+        let taken = if self.state.buffer.is_empty() { self.push(data) } else { 0 };
+        if self.sink.is_some() && !self.state.broken {
+            self.state.buffer.extend(&data[taken..]);
         }
     }
 
     /// Writes what is buffered to the sink, as far as it takes it.
     pub fn flush(&mut self) {
-        while !self.buffer.is_empty() && !self.broken {
-            let (front, _) = self.buffer.as_slices();
+        while !self.state.buffer.is_empty() && !self.state.broken {
+            let (front, _) = self.state.buffer.as_slices();
             let front = front.to_vec();
             let taken = self.push(&front);
-            self.buffer.drain(..taken);
+            self.state.buffer.drain(..taken);
             if taken < front.len() {
                 break;
             }
         }
-        if self.broken {
-            self.buffer.clear();
+        if self.state.broken {
+            self.state.buffer.clear();
         }
-        if self.guest_done && self.buffer.is_empty() {
+        if self.state.guest_done && self.state.buffer.is_empty() {
             self.close_sink();
         }
     }
@@ -170,7 +176,7 @@ impl Stream {
     fn push(&mut self, data: &[u8]) -> usize {
         let Some(sink) = &self.sink else {
             // Nobody listens: taken and forgotten.
-            self.forwarded = self.forwarded.wrapping_add(data.len() as u32);
+            self.state.forwarded = self.state.forwarded.wrapping_add(data.len() as u32);
             return data.len();
         };
         let mut taken = 0;
@@ -181,16 +187,16 @@ impl Stream {
                 Err(Errno::EAGAIN) => break,
                 // The reader is gone.
                 Err(_) => {
-                    self.broken = true;
+                    self.state.broken = true;
                     break;
                 }
             }
         }
-        self.forwarded = self.forwarded.wrapping_add(taken as u32);
+        self.state.forwarded = self.state.forwarded.wrapping_add(taken as u32);
         // The guest was told of too little room to go on at full speed. One that sends no more need
         // not be told: having forgotten the connection it would answer each time, without end.
-        if !self.guest_done && self.received.wrapping_sub(self.announced) > BUFFER / 2 {
-            self.credit_wanted = true;
+        if !self.state.guest_done && self.state.received.wrapping_sub(self.state.announced) > BUFFER / 2 {
+            self.state.credit_wanted = true;
         }
         taken
     }
@@ -199,12 +205,12 @@ impl Stream {
     pub fn guest_shutdown(&mut self, flags: u32) {
         if flags & SHUTDOWN_RECEIVE != 0 {
             self.source = None;
-            self.ended = true;
+            self.state.ended = true;
         }
         if flags & SHUTDOWN_SEND != 0 {
             // A stream without a source has nothing left to live for.
-            self.guest_done = self.guest_done || self.source.is_none() || flags & SHUTDOWN_RECEIVE != 0;
-            if !self.guest_done && self.buffer.is_empty() {
+            self.state.guest_done = self.state.guest_done || self.source.is_none() || flags & SHUTDOWN_RECEIVE != 0;
+            if !self.state.guest_done && self.state.buffer.is_empty() {
                 self.close_sink();
             }
         }
@@ -213,17 +219,17 @@ impl Stream {
 
     /// The guest has forgotten the connection; what it sent is still delivered.
     pub fn guest_reset(&mut self) {
-        self.guest_gone = true;
-        self.guest_done = true;
-        self.credit_wanted = false;
+        self.state.guest_gone = true;
+        self.state.guest_done = true;
+        self.state.credit_wanted = false;
         self.source = None;
         self.flush();
     }
 
     /// Ends the stream at once, with what it holds.
     pub fn break_off(&mut self) {
-        self.broken = true;
-        self.buffer.clear();
+        self.state.broken = true;
+        self.state.buffer.clear();
     }
 
     fn close_sink(&mut self) {
@@ -235,58 +241,58 @@ impl Stream {
 
     /// Bytes that the guest has room for.
     fn peer_room(&self) -> usize {
-        self.peer_buffer.saturating_sub(self.sent.wrapping_sub(self.peer_forwarded)) as usize
+        self.state.peer_buffer.saturating_sub(self.state.sent.wrapping_sub(self.state.peer_forwarded)) as usize
     }
 
     /// Whether [`Stream::next`] may have something.
     pub fn has_output(&self) -> bool {
         self.is_over()
-            || !self.accepted
-            || self.credit_wanted
-            || (!self.ended && self.source.as_ref().is_some_and(|source| source.ready) && self.peer_room() > 0)
+            || !self.state.accepted
+            || self.state.credit_wanted
+            || (!self.state.ended && self.source.as_ref().is_some_and(|source| source.ready) && self.peer_room() > 0)
     }
 
     /// Whether the source must become readable before there is more to send.
     pub fn awaits_source(&self) -> bool {
-        !self.ended && self.accepted && self.source.as_ref().is_some_and(|source| !source.ready) && self.peer_room() > 0
+        !self.state.ended && self.state.accepted && self.source.as_ref().is_some_and(|source| !source.ready) && self.peer_room() > 0
     }
 
     /// What to send next, with data in `buffer`.
     pub fn next(&mut self, buffer: &mut [u8]) -> Next {
-        if !self.accepted && !self.broken {
-            self.accepted = true;
+        if !self.state.accepted && !self.state.broken {
+            self.state.accepted = true;
             return Next::Response;
         }
         if self.is_over() {
             return Next::Reset;
         }
         let room = self.peer_room().min(buffer.len());
-        if let Some(source) = self.source.as_mut().filter(|source| source.ready && !self.ended && room > 0) {
+        if let Some(source) = self.source.as_mut().filter(|source| source.ready && !self.state.ended && room > 0) {
             match pull(source, &mut buffer[..room]) {
                 Ok(Some(0)) => {
-                    self.ended = true;
+                    self.state.ended = true;
                     self.source = None;
                     return Next::EndOfData;
                 }
                 Ok(Some(count)) => {
-                    self.sent = self.sent.wrapping_add(count as u32);
+                    self.state.sent = self.state.sent.wrapping_add(count as u32);
                     return Next::Data(count);
                 }
                 Ok(None) => source.ready = false,
                 Err(_) => {
-                    self.broken = true;
+                    self.state.broken = true;
                     return Next::Reset;
                 }
             }
         }
-        if self.credit_wanted { Next::Credit } else { Next::Idle }
+        if self.state.credit_wanted { Next::Credit } else { Next::Idle }
     }
 
     /// The account of our buffer that goes with every packet; being told, the guest needs no update.
     pub fn announce(&mut self) -> (u32, u32) {
-        self.announced = self.forwarded;
-        self.credit_wanted = false;
-        (BUFFER, self.forwarded)
+        self.state.announced = self.state.forwarded;
+        self.state.credit_wanted = false;
+        (BUFFER, self.state.forwarded)
     }
 }
 
