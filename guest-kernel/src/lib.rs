@@ -36,16 +36,20 @@ const UNUSED: &[&str] = &[
     "sound",
 ];
 
-/// One line of the fragment.
+/// One setting of a line of the fragment.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
-pub struct KernelOption<'a> {
+pub struct Setting<'a> {
     /// With its `CONFIG_` prefix.
     pub name: &'a str,
     /// `y`, `n` or a number.
     pub value: &'a str,
 }
 
-/// Reads a fragment: `CONFIG_NAME=value # reason`, blank lines and lines that begin with `#`.
+/// What a line of the fragment asks for, by the names that it has in one kernel or another.
+pub type KernelOption<'a> = Vec<Setting<'a>>;
+
+/// Reads a fragment: `CONFIG_NAME=value # reason`, with more settings before the reason where kernels have
+/// other names; blank lines and lines that begin with `#`.
 ///
 /// A line without a reason is an error: the fragment is the documentation of the kernel.
 pub fn parse(fragment: &str) -> Result<Vec<KernelOption<'_>>> {
@@ -56,9 +60,13 @@ pub fn parse(fragment: &str) -> Result<Vec<KernelOption<'_>>> {
             continue;
         }
         let parse = || {
-            let (setting, reason) = line.split_once('#')?;
-            let (name, value) = setting.trim().split_once('=')?;
-            (name.starts_with("CONFIG_") && !value.is_empty() && !reason.trim().is_empty()).then_some(KernelOption { name, value })
+            let (settings, reason) = line.split_once('#')?;
+            let setting = |word| -> Option<Setting<'_>> {
+                let (name, value) = str::split_once(word, '=')?;
+                (name.starts_with("CONFIG_") && !value.is_empty()).then_some(Setting { name, value })
+            };
+            let option: Option<KernelOption<'_>> = settings.split_whitespace().map(setting).collect();
+            option.filter(|option| !option.is_empty() && !reason.trim().is_empty())
         };
         let Some(option) = parse() else {
             bail!("kernel.config line {}: expected CONFIG_NAME=value # reason, found {line:?}", number + 1);
@@ -68,17 +76,17 @@ pub fn parse(fragment: &str) -> Result<Vec<KernelOption<'_>>> {
     Ok(options)
 }
 
-/// The options that `config` (a finished `.config`) does not hold as asked for.
-pub fn lost<'a>(options: &[KernelOption<'a>], config: &str) -> Vec<KernelOption<'a>> {
-    let holds = |option: &KernelOption<'_>| {
-        let line = config.lines().find(|line| line.strip_prefix(option.name).is_some_and(|rest| rest.starts_with('=')));
-        match (line, option.value) {
+/// The options that `config` (a finished `.config`) does not hold as asked for, by none of their names.
+pub fn lost<'a, 'o>(options: &'o [KernelOption<'a>], config: &str) -> Vec<&'o KernelOption<'a>> {
+    let holds = |setting: &Setting<'_>| {
+        let line = config.lines().find(|line| line.strip_prefix(setting.name).is_some_and(|rest| rest.starts_with('=')));
+        match (line, setting.value) {
             (None, "n") => true,
-            (Some(line), value) => line[option.name.len() + 1..] == *value,
+            (Some(line), value) => line[setting.name.len() + 1..] == *value,
             (None, _) => false,
         }
     };
-    options.iter().copied().filter(|option| !holds(option)).collect()
+    options.iter().filter(|option| !option.iter().any(holds)).collect()
 }
 
 /// The source archive of the distribution: the newest `/usr/src/linux-source-*.tar.xz`.
@@ -106,13 +114,13 @@ pub fn build(source: &Path, work: &Path, out: &Path) -> Result<()> {
     unpack.arg("-xf").arg(source).arg("--strip-components=1").arg("-C").arg(work);
     unpack.args(UNUSED.iter().flat_map(|folder| ["c", "h"].map(|kind| format!("--exclude=*/{folder}/*.{kind}"))));
     run(&mut unpack, "unpack the kernel source")?;
-    let fragment: String = options.iter().map(|option| format!("{}={}\n", option.name, option.value)).collect();
+    let fragment: String = options.iter().flatten().map(|setting| format!("{}={}\n", setting.name, setting.value)).collect();
     let fragment_path = work.join("caisson.config");
     std::fs::write(&fragment_path, fragment)?;
     run(make(work).arg(format!("KCONFIG_ALLCONFIG={}", fragment_path.display())).arg("allnoconfig"), "configure the guest kernel")?;
     let lost = lost(&options, &std::fs::read_to_string(work.join(".config"))?);
     if !lost.is_empty() {
-        let names: Vec<String> = lost.iter().map(|option| format!("{}={}", option.name, option.value)).collect();
+        let names: Vec<String> = lost.iter().map(|option| format!("{}={}", option[0].name, option[0].value)).collect();
         bail!("configure the guest kernel: {} did not survive; a dependency is missing in kernel.config", names.join(", "));
     }
     let jobs = std::thread::available_parallelism().map_or(2, |n| n.get() + 1);
@@ -152,7 +160,7 @@ mod tests {
     #[test]
     fn every_line_of_the_fragment_has_a_reason_and_stands_once() {
         let options = parse(FRAGMENT).unwrap();
-        let mut names: Vec<&str> = options.iter().map(|option| option.name).collect();
+        let mut names: Vec<&str> = options.iter().flatten().map(|setting| setting.name).collect();
         names.sort_unstable();
         let count = names.len();
         names.dedup();
@@ -166,9 +174,10 @@ mod tests {
 
     #[test]
     fn an_option_that_did_not_survive_is_found() {
-        let options = parse("CONFIG_A=y # a\nCONFIG_B=n # b\nCONFIG_C=7 # c\n").unwrap();
-        let names = |config| lost(&options, config).iter().map(|option| option.name).collect::<Vec<_>>();
+        let options = parse("CONFIG_A=y # a\nCONFIG_B=n # b\nCONFIG_C=7 CONFIG_NEW_C=y # c\n").unwrap();
+        let names = |config| lost(&options, config).iter().map(|option| option[0].name).collect::<Vec<_>>();
         assert!(names("CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=7\n").is_empty());
+        assert!(names("CONFIG_A=y\nCONFIG_NEW_C=y\n").is_empty());
         assert_eq!(names("CONFIG_B=y\nCONFIG_C=8\n"), ["CONFIG_A", "CONFIG_B", "CONFIG_C"]);
     }
 }
