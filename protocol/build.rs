@@ -1,5 +1,5 @@
-//! Generates the agent's messages and service, and the messages of the CRI that the shim reads
-//! (pure Rust, no protoc).
+//! Generates the agent's messages and service, and the messages of containerd and the CRI that the
+//! shim reads (pure Rust, no protoc).
 
 use std::path::{Path, PathBuf};
 
@@ -9,11 +9,12 @@ const COMMON: [&str; 2] = ["agent.proto", "src/guest.rs"];
 fn main() {
     println!("cargo:rerun-if-changed=agent.proto");
     println!("cargo:rerun-if-changed=cri.proto");
+    println!("cargo:rerun-if-changed=options.proto");
     let source = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     println!("cargo:rustc-env=PROTOCOL_DIGEST={:08x}", digest(&source));
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     ttrpc_codegen::Codegen::new()
-        .inputs([source.join("agent.proto"), source.join("cri.proto")])
+        .inputs([source.join("agent.proto"), source.join("cri.proto"), source.join("options.proto")])
         .include(&source)
         .rust_protobuf()
         .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(false))
@@ -22,7 +23,7 @@ fn main() {
         .run()
         .expect("the .proto files are valid");
     // `include!` refuses inner attributes and inner doc comments.
-    for name in ["agent.rs", "agent_ttrpc.rs", "cri.rs"] {
+    for name in ["agent.rs", "agent_ttrpc.rs", "cri.rs", "options.rs"] {
         let path = out.join(name);
         let text = std::fs::read_to_string(&path).expect("codegen wrote the file");
         let kept: Vec<&str> = text.lines().filter(|line| !line.starts_with("#!") && !line.starts_with("//!")).collect();

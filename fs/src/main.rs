@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
-use caisson_protocol::fs::{CachePolicy, Event, FsConfig};
+use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use virtiofsd::passthrough::{self, PassthroughFs};
@@ -52,7 +52,10 @@ fn fail(control: &Control, reason: String) -> ! {
 }
 
 fn run(control: &Control) -> Result<()> {
-    let inside = match Jail::CurrentFolder.unshare()? {
+    // The ids are a part of the jail, which comes before the configuration.
+    let id_base = std::env::args().nth(1).map(|id| id.parse::<u32>().context("the first id of the host is a number")).transpose()?;
+    let ids = id_base.map(|first| first..first.saturating_add(HOST_IDS));
+    let inside = match (Jail::CurrentFolder { ids }).unshare()? {
         Side::Outside(child) => {
             control.send(&Event::Jailed { pid: child.as_raw().unsigned_abs() }, &[], true).context("report the jailed process")?;
             return Ok(());

@@ -12,13 +12,16 @@
 #![expect(unsafe_code, reason = "fork, capset and close_range have no safe wrapper")]
 
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::path::Path;
 
+use caisson_sys::mounts::{self, Attributes};
+use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, Gid, Pid, Uid, chdir, fork, pivot_root, setgroups, setresgid, setresuid};
+use nix::unistd::{ForkResult, Gid, Pid, Uid, chdir, fchdir, fork, pivot_root, setgroups, setresgid, setresuid};
 
 use crate::control::CONTROL_FD;
 
@@ -42,16 +45,20 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
 }
 
 /// What a jail is like.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Jail {
     /// An empty root, a user namespace in which only this user and group id exist, no capability.
     Empty {
         /// User and group id.
         id: u32,
     },
-    /// The folder that the process was started in as its root, the real root user with the
-    /// capabilities that a file server for other users needs, and no more.
-    CurrentFolder,
+    /// The folder that the process was started in as its root, the root user with the capabilities that
+    /// a file server for other users needs, and no more.
+    CurrentFolder {
+        /// Which users and groups of the host it is and acts for, in a user namespace that has no others;
+        /// without, it is the host's own root.
+        ids: Option<Range<u32>>,
+    },
 }
 
 /// What a file server needs to act for any user of the share (capabilities(7)).
@@ -89,9 +96,10 @@ impl Jail {
             | CloneFlags::CLONE_NEWIPC
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWCGROUP;
-        match self {
-            Self::Empty { id } => unshare_with_user(namespaces, id)?,
-            Self::CurrentFolder => unshare(namespaces).step("unshare namespaces")?,
+        match &self {
+            Self::Empty { id } => unshare_with_users(namespaces, &format!("{id} {id} 1"))?,
+            Self::CurrentFolder { ids: None } => unshare(namespaces).step("unshare namespaces")?,
+            Self::CurrentFolder { ids: Some(ids) } => unshare_with_users(namespaces, &format!("0 {} {}", ids.start, ids.len()))?,
         }
         // SAFETY: there is one thread, so the child may go on running any code.
         match unsafe { fork() }.step("fork into the PID namespace")? {
@@ -115,19 +123,25 @@ impl Inside {
                 mount(Some("empty"), "/proc", Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555")).step("mount the empty root")?;
                 chdir("/proc").step("enter the empty root")?;
                 pivot_here()?;
-                setgroups(&[]).step("drop supplementary groups")?;
-                setresgid(Gid::from_raw(id), Gid::from_raw(id), Gid::from_raw(id)).step("change group")?;
-                setresuid(Uid::from_raw(id), Uid::from_raw(id), Uid::from_raw(id)).step("change user")?;
+                become_user(id)?;
                 limit_capabilities(&[])?;
             }
-            Jail::CurrentFolder => {
+            Jail::CurrentFolder { ids } => {
                 // Slave, not private: what the shim mounts into the share later must appear here.
                 mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).step("make mounts slaves")?;
-                pivot_here()?;
+                // A copy: a mount of another user namespace cannot become the root.
+                let root = mounts::open_tree(AT_FDCWD, Path::new("."), true).step("copy the root")?;
                 // The folders that the shim mounts on are the shim's: what is served is mounted there later,
                 // with rights of its own.
-                let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-                mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>).step("make the root read-only")?;
+                let read_only = Attributes::set(libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV);
+                mounts::set_attributes(&root, read_only, false).step("make the root read-only (Linux 5.12 is needed)")?;
+                mounts::move_mount(&root, Path::new(".")).step("mount the root")?;
+                fchdir(&root).step("enter the root")?;
+                drop(root);
+                pivot_here()?;
+                if ids.is_some() {
+                    become_user(0)?;
+                }
                 limit_capabilities(FILE_SERVER_CAPS)?;
             }
         }
@@ -144,10 +158,18 @@ fn close_others() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Unshares with a user namespace that maps `id` alone.
+/// Becomes a user and group of the own user namespace, and nobody else.
+fn become_user(id: u32) -> Result<(), JailError> {
+    setgroups(&[]).step("drop supplementary groups")?;
+    let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
+    setresgid(group, group, group).step("change group")?;
+    setresuid(user, user, user).step("change user")
+}
+
+/// Unshares with a user namespace that has the users and groups of one line of its maps.
 ///
 /// The map must be written by a process outside (user_namespaces(7)), so a helper is forked first.
-fn unshare_with_user(namespaces: CloneFlags, id: u32) -> Result<(), JailError> {
+fn unshare_with_users(namespaces: CloneFlags, line: &str) -> Result<(), JailError> {
     let parent = nix::unistd::getpid();
     let (mut ready, mut signal) = io::pipe().step("make a pipe")?;
     // SAFETY: there is one thread, so the child may go on running any code.
@@ -156,9 +178,8 @@ fn unshare_with_user(namespaces: CloneFlags, id: u32) -> Result<(), JailError> {
             drop(signal);
             let mut byte = [0];
             let mapped = ready.read_exact(&mut byte).and_then(|()| {
-                let line = format!("{id} {id} 1");
-                std::fs::write(format!("/proc/{parent}/uid_map"), &line)?;
-                std::fs::write(format!("/proc/{parent}/gid_map"), &line)
+                std::fs::write(format!("/proc/{parent}/uid_map"), line)?;
+                std::fs::write(format!("/proc/{parent}/gid_map"), line)
             });
             std::process::exit(mapped.map_or_else(|error| error.raw_os_error().unwrap_or(255), |()| 0));
         }

@@ -16,6 +16,12 @@ pub enum SettingsError {
         /// Why.
         source: io::Error,
     },
+    /// A handler's file that moves the run folder.
+    #[error("configuration {path}: run.dir is for all handlers of the host; set it in /etc/caisson/config.toml")]
+    RunDir {
+        /// The file.
+        path: String,
+    },
     /// A key or value that is not allowed.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -57,6 +63,25 @@ pub fn load(path: &Path) -> Result<Config, SettingsError> {
     Ok(config)
 }
 
+/// The effective configuration for the pods of a runtime handler that has a file of its own, which comes
+/// after those of the host.
+///
+/// # Errors
+/// As [`load`], and when the handler's file does not exist or moves the run folder, where whoever
+/// does not know the handler looks for its pods.
+pub fn load_for(path: &Path, handler: Option<&Path>) -> Result<Config, SettingsError> {
+    let mut config = load(path)?;
+    let Some(handler) = handler else { return Ok(config) };
+    let name = handler.display().to_string();
+    let run_dir = config.run_dir.clone();
+    let text = std::fs::read_to_string(handler).map_err(|source| SettingsError::Read { path: name.clone(), source })?;
+    config.apply_toml(&name, &text)?;
+    if config.run_dir != run_dir {
+        return Err(SettingsError::RunDir { path: name });
+    }
+    Ok(config)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +97,19 @@ mod tests {
         std::fs::write(dir.path().join("config.toml.d/99.bak"), "nonsense").unwrap();
         let config = load(&path).unwrap();
         assert_eq!((config.vcpus, config.memory_mib), (4, 128));
+    }
+
+    #[test]
+    fn a_handlers_file_comes_last_and_leaves_the_run_folder_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, handler) = (dir.path().join("config.toml"), dir.path().join("acme.toml"));
+        std::fs::write(&path, "[vm]\nvcpus = 2\nmemory_mib = 128\n").unwrap();
+        assert!(load_for(&path, Some(&handler)).unwrap_err().to_string().contains("acme.toml"));
+        std::fs::write(&handler, "[vm]\nvcpus = 4\n").unwrap();
+        let config = load_for(&path, Some(&handler)).unwrap();
+        assert_eq!((config.vcpus, config.memory_mib, load_for(&path, None).unwrap().vcpus), (4, 128, 2));
+        std::fs::write(&handler, "[run]\ndir = \"/elsewhere\"\n").unwrap();
+        assert!(load_for(&path, Some(&handler)).unwrap_err().to_string().contains("run.dir"));
     }
 
     #[test]

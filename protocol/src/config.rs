@@ -74,6 +74,10 @@ pub struct Config {
     pub fs_writeback: bool,
     /// Whether sockets of the host may be bound, though nobody answers.
     pub fs_dead_sockets: bool,
+    /// `fs.id_base`
+    pub fs_id_base: u32,
+    /// `fs.mapped_volumes`
+    pub fs_mapped_volumes: Vec<PathBuf>,
     /// Worker threads of the virtio-fs server.
     pub fs_threads: u32,
     /// From the VMM's start to the agent's answer, in milliseconds.
@@ -113,6 +117,8 @@ impl Default for Config {
             fs_cache: CachePolicy::Auto,
             fs_writeback: false,
             fs_dead_sockets: false,
+            fs_id_base: 0,
+            fs_mapped_volumes: Vec::new(),
             fs_threads: 0,
             boot_timeout_ms: 30_000,
             agent_timeout_ms: 30_000,

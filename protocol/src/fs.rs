@@ -2,6 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Users and groups of the host by which files of a pod that has some are owned there: so many from
+/// `fs.id_base` on, the guest's root being the first.
+pub const HOST_IDS: u32 = 1 << 16;
+
 /// How the server serves the folder that it was started in. File descriptor beside it: a listening
 /// socket to which the VMM's end of the vhost-user conversation is already connected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

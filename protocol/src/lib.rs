@@ -8,6 +8,7 @@
 //! * [`fs`]: shim to virtio-fs server, likewise;
 //! * [`config`]: `/etc/caisson/config.toml` and the `io.caisson.*` annotations;
 //! * [`cri`]: kubelet's description of a pod, as far as the shim reads it (`cri.proto`);
+//! * [`options`]: containerd's options of a runtime handler (`options.proto`);
 //! * [`guest`]: what host and guest agree on without saying it: ports, paths, tags;
 //! * [`record`]: what a pod keeps on disk so that it can be listed and undone.
 
@@ -16,6 +17,7 @@ pub mod config;
 pub mod cri;
 pub mod fs;
 pub mod guest;
+pub mod options;
 pub mod record;
 pub mod vmm;
 

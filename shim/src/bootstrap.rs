@@ -4,15 +4,18 @@
 //! listening socket at a known descriptor. A container of an existing pod gets no daemon: it is
 //! served by its pod's.
 
-use std::io::Write;
+use std::io::{IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control;
+use caisson_protocol::options::Options;
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use sha2::{Digest, Sha256};
 
 use crate::flags::Flags;
@@ -20,6 +23,9 @@ use crate::spec;
 
 /// Where containerd's shims have their sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
+/// What containerd's options of a handler that it does not know are.
+const OPTIONS_TYPE: &str = "runtimeoptions.v1.Options";
+const MAX_OPTIONS: u64 = 1 << 20;
 /// In the bundle: the shim's address, which containerd reads after its own restart.
 const ADDRESS_FILE: &str = "address";
 
@@ -43,7 +49,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     let pod = spec::pod_of(&bundle.join("config.json"))?.unwrap_or_else(|| flags.id.clone());
     let socket = socket_path(&flags.address, &flags.namespace, &pod);
     if pod == flags.id {
-        spawn_daemon(flags, &bundle, &socket)?;
+        spawn_daemon(flags, config_path(&options()?)?, &bundle, &socket)?;
     } else if UnixStream::connect(&socket).is_err() {
         bail!("container {} belongs to pod {pod}, whose shim does not run", flags.id);
     }
@@ -53,7 +59,28 @@ pub fn start(flags: &Flags) -> Result<()> {
     std::io::stdout().flush().context("print the address")
 }
 
-fn spawn_daemon(flags: &Flags, bundle: &Path, socket: &Path) -> Result<()> {
+/// The options of the runtime handler, which containerd writes to standard input: nothing or a message.
+fn options() -> Result<Vec<u8>> {
+    let (input, mut bytes) = (std::io::stdin(), Vec::new());
+    // By hand there is nobody to write any.
+    if !input.is_terminal() {
+        input.take(MAX_OPTIONS).read_to_end(&mut bytes).context("read the runtime's options")?;
+    }
+    Ok(bytes)
+}
+
+/// The configuration file that options name (`ConfigPath`, and `ctr run --runtime-config-path`).
+fn config_path(options: &[u8]) -> Result<Option<String>> {
+    let options = Any::parse_from_bytes(options).context("parse the runtime's options")?;
+    if options.type_url.trim_start_matches("type.googleapis.com/") != OPTIONS_TYPE {
+        return Ok(None);
+    }
+    let path = Options::parse_from_bytes(&options.value).context("parse the runtime's options")?.config_path;
+    ensure!(path.is_empty() || path.starts_with('/'), "ConfigPath {path:?}: allowed is an absolute path");
+    Ok(Some(path).filter(|path| !path.is_empty()))
+}
+
+fn spawn_daemon(flags: &Flags, config: Option<String>, bundle: &Path, socket: &Path) -> Result<()> {
     std::fs::create_dir_all(SOCKET_DIR).with_context(|| format!("create {SOCKET_DIR}"))?;
     let listener = match UnixListener::bind(socket) {
         Ok(listener) => listener,
@@ -70,6 +97,9 @@ fn spawn_daemon(flags: &Flags, bundle: &Path, socket: &Path) -> Result<()> {
     let program = std::env::current_exe().context("find this program")?;
     let mut command = Command::new(program);
     command.args(["-namespace", &flags.namespace, "-id", &flags.id, "-address", &flags.address]);
+    if let Some(config) = config {
+        command.args(["-config", &config]);
+    }
     if flags.debug {
         command.arg("-debug");
     }
@@ -82,4 +112,23 @@ fn spawn_daemon(flags: &Flags, bundle: &Path, socket: &Path) -> Result<()> {
         return Err(error).context("start the shim's daemon");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handlers_configuration_is_read_out_of_its_options() {
+        let options = |kind: &str, path: &str| {
+            let value = Options { config_path: path.into(), ..Options::default() }.write_to_bytes().unwrap();
+            config_path(&Any { type_url: kind.into(), value, ..Any::default() }.write_to_bytes().unwrap())
+        };
+        assert_eq!(options(OPTIONS_TYPE, "/etc/caisson/acme.toml").unwrap().as_deref(), Some("/etc/caisson/acme.toml"));
+        assert!(options(OPTIONS_TYPE, "acme.toml").unwrap_err().to_string().contains("\"acme.toml\""));
+        for none in [config_path(&[]), options(OPTIONS_TYPE, ""), options("containerd.runc.v1.Options", "/x")] {
+            assert_eq!(none.unwrap(), None);
+        }
+        assert!(config_path(b"nonsense").is_err());
+    }
 }

@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use anyhow::{Context, Result, ensure};
+use caisson_protocol::config::Config;
 use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
 use containerd_shim_protos::types::mount::Mount;
 
 use crate::errors::{self, Error};
+use crate::idmap::IdMap;
 use crate::mounts::{self, How, ReadOnly};
 use crate::process::Process;
 use crate::spec::{Bind, Spec};
@@ -141,15 +143,15 @@ pub struct ShareFolder {
 }
 
 impl ShareFolder {
-    /// Mounts a container's bind mounts into the pod's share; `dead_sockets` may be among them.
+    /// Mounts a container's bind mounts into the pod's share.
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn make(store: &Store, container: &str, binds: &[Bind], dead_sockets: bool) -> Result<Self> {
+    pub fn make(store: &Store, container: &str, binds: &[Bind], config: &Config) -> Result<Self> {
         let path = store.share().join(container);
         std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         let folder = Self { path, run_dir: store.run_dir().to_owned(), kept: false };
-        binds.iter().try_for_each(|bind| folder.bind(bind, dead_sockets))?;
+        binds.iter().try_for_each(|bind| folder.bind(bind, config))?;
         Ok(folder)
     }
 
@@ -157,26 +159,26 @@ impl ShareFolder {
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn mount_root(&self, store: &Store, spec: &Spec, bundle: &Path, rootfs: &[Mount]) -> Result<()> {
+    pub fn mount_root(&self, store: &Store, spec: &Spec, bundle: &Path, rootfs: &[Mount], config: &Config) -> Result<()> {
         let root = self.path.join(ROOTFS_DIR);
         std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
         if rootfs.is_empty() {
             let source = spec.root_path(bundle);
-            mounts::bind(&source, &root, &How { below: true, ..How::default() })
+            mounts::bind(&source, &root, &How { below: true, owners: owners(config), owners_below: true, ..How::default() })
                 .with_context(|| format!("bind the root file system {}", source.display()))?;
         } else {
-            mounts::mount_rootfs(rootfs, &root, &store.dir().join("layers"))?;
+            mounts::mount_rootfs(rootfs, &root, owners(config).as_ref(), &store.dir().join("layers"))?;
         }
         Ok(())
     }
 
-    fn bind(&self, bind: &Bind, dead_sockets: bool) -> Result<()> {
+    fn bind(&self, bind: &Bind, config: &Config) -> Result<()> {
         let source = &bind.source;
         let what = || format!("bind mount of {}", source.display());
         let target = self.path.join(MOUNTS_DIR).join(&bind.name);
         let kind = std::fs::metadata(source).with_context(what)?.file_type();
         ensure!(
-            dead_sockets || !(kind.is_socket() || kind.is_fifo()),
+            config.fs_dead_sockets || !(kind.is_socket() || kind.is_fifo()),
             "{}: it is a socket or FIFO of the host, whose other end a virtual machine cannot reach; set fs.dead_sockets = true to bind it all the same",
             what()
         );
@@ -186,8 +188,17 @@ impl ShareFolder {
             std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
             std::fs::File::create_new(&target).with_context(what)?;
         }
-        mounts::bind(source, &target, &bind.how).with_context(what)?;
-        self.prune(&source.canonicalize().with_context(what)?, &target).with_context(what)
+        let source = source.canonicalize().with_context(what)?;
+        let is_mapped = |folder: &PathBuf| source.starts_with(folder) || bind.destination.starts_with(folder);
+        let how = match owners(config) {
+            Some(owners) if !config.fs_mapped_volumes.iter().any(is_mapped) => {
+                ensure!(bind.how.owners.is_none(), "{}: it has a mapping of owners of its own, which fs.id_base excludes", what());
+                &How { owners: Some(owners), owners_below: bind.how.below, ..bind.how.clone() }
+            }
+            _ => &bind.how,
+        };
+        mounts::bind(&source, &target, how).with_context(what)?;
+        self.prune(&source, &target).with_context(what)
     }
 
     /// Takes what pods have mounted for themselves out of a bound folder: a pod with all of the host's
@@ -235,6 +246,12 @@ impl Drop for ShareFolder {
             log::error!("{error:#}");
         }
     }
+}
+
+/// The owners that files have in the share when the pod has ids of its own on the host: its server knows
+/// no others, and the guest sees them as what they are on disk.
+fn owners(config: &Config) -> Option<IdMap> {
+    (config.fs_id_base != 0).then(|| IdMap::shifted(config.fs_id_base))
 }
 
 /// Takes a container's folder out of the share.

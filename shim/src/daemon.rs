@@ -1,7 +1,7 @@
 //! The daemon: serves the task service of one pod until containerd shuts it down.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -47,7 +47,8 @@ pub fn serve(flags: Flags) -> Result<()> {
 async fn run(flags: &Flags, listener: std::os::unix::net::UnixListener, begin: Instant) -> Result<()> {
     let socket = socket_path(&flags.address, &flags.namespace, &flags.id);
     let name = Name { namespace: flags.namespace.clone(), id: flags.id.clone(), socket: socket.to_string_lossy().into_owned() };
-    let pod = Arc::new(Pod::new(name, Events::start(&flags.namespace)));
+    let config = Some(flags.config.as_str()).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let pod = Arc::new(Pod::new(name, config, Events::start(&flags.namespace)));
     let (ended, mut wait) = watch::channel(false);
     let mut services = create_sandbox(Arc::new(SandboxService::new(Arc::clone(&pod), ended.clone())));
     let task = Arc::new(TaskService::new(pod, ended));

@@ -1,7 +1,7 @@
 //! The command line that containerd gives a shim (containerd `core/runtime/v2/README.md`).
 //!
 //! Go's flag syntax: one or two dashes, a value behind a blank or an equals sign. No library for
-//! our own command line reads that, and it is six flags.
+//! our own command line reads that, and it is seven flags.
 
 /// What the shim is asked to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub struct Flags {
     pub address: String,
     /// Bundle, for `delete`.
     pub bundle: String,
+    /// Configuration of the runtime handler; empty for none. `start` hands it to the daemon.
+    pub config: String,
     /// Log everything.
     pub debug: bool,
 }
@@ -47,6 +49,7 @@ impl Flags {
             id: String::new(),
             address: String::new(),
             bundle: String::new(),
+            config: String::new(),
             debug: false,
         };
         let mut arguments = arguments;
@@ -64,13 +67,14 @@ impl Flags {
                 "v" | "version" => flags.action = Action::Version,
                 "info" => flags.action = Action::Info,
                 "debug" => flags.debug = inline.as_deref() != Some("false"),
-                "namespace" | "id" | "address" | "bundle" | "socket" | "publish-binary" => {
+                "namespace" | "id" | "address" | "bundle" | "config" | "socket" | "publish-binary" => {
                     let value = inline.or_else(|| arguments.next()).ok_or_else(|| format!("flag -{name} needs a value"))?;
                     match name {
                         "namespace" => flags.namespace = value,
                         "id" => flags.id = value,
                         "address" => flags.address = value,
                         "bundle" => flags.bundle = value,
+                        "config" => flags.config = value,
                         // Ours is passed as a descriptor, and events go by ttrpc.
                         _ => {}
                     }

@@ -7,10 +7,14 @@
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
+use caisson_protocol::fs::HOST_IDS;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
+
+use crate::pod::lock;
 
 /// Ranges that a mapping may have (user_namespaces(7)).
 const MAX_RANGES: usize = 340;
@@ -25,6 +29,12 @@ pub struct IdMap {
 }
 
 impl IdMap {
+    /// The mapping that has the first [`HOST_IDS`] ids on disk seen as those from `base` on.
+    pub fn shifted(base: u32) -> Self {
+        let ranges = vec![(0, base, HOST_IDS)];
+        Self { users: ranges.clone(), groups: ranges }
+    }
+
     /// The mapping that an object of an OCI specification asks for in `uidMappings` and
     /// `gidMappings`; `None` when in neither.
     ///
@@ -38,6 +48,14 @@ impl IdMap {
             ranges.collect::<Option<_>>().with_context(|| format!("{key}: a range is not three numbers"))
         };
         Self { users: list("uidMappings")?, groups: list("gidMappings")? }.complete()
+    }
+
+    /// What a user and a group on disk are seen as, where they are among those that are mapped.
+    pub fn seen(&self, user: u32, group: u32) -> (Option<u32>, Option<u32>) {
+        let seen = |ranges: &[(u32, u32, u32)], id: u32| {
+            ranges.iter().find_map(|(disk, seen, size)| id.checked_sub(*disk).filter(|offset| offset < size).map(|offset| seen + offset))
+        };
+        (seen(&self.users, user), seen(&self.groups, group))
     }
 
     /// Neither half of a mapping is of use without the other.
@@ -66,11 +84,23 @@ impl IdMap {
         Self { users: take("uidmap=")?, groups: take("gidmap=")? }.complete()
     }
 
-    /// A user namespace with this mapping.
+    /// A user namespace with this mapping. One is made for each mapping that the pod has, and kept: all
+    /// layers and volumes of its containers take the same.
     ///
     /// # Errors
     /// When the kernel refuses the mapping, or has no user namespaces.
-    pub fn namespace(&self) -> Result<OwnedFd> {
+    pub fn namespace(&self) -> Result<Arc<OwnedFd>> {
+        static MADE: Mutex<Vec<(IdMap, Arc<OwnedFd>)>> = Mutex::new(Vec::new());
+        let mut made = lock(&MADE);
+        if let Some((_, namespace)) = made.iter().find(|(map, _)| map == self) {
+            return Ok(Arc::clone(namespace));
+        }
+        let namespace = Arc::new(self.make()?);
+        made.push((self.clone(), Arc::clone(&namespace)));
+        Ok(namespace)
+    }
+
+    fn make(&self) -> Result<OwnedFd> {
         for ranges in [&self.users, &self.groups] {
             ensure!((1..=MAX_RANGES).contains(&ranges.len()), "a mapping has {} ranges; allowed are 1 to {MAX_RANGES}", ranges.len());
         }

@@ -53,17 +53,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots a machine for the pod that `spec` describes, with everything on record; the guest
+    /// Boots a machine for the pod that `spec` describes and its handler configures, with everything on record; the guest
     /// keeps `files` for the pod's containers.
     ///
     /// # Errors
     /// What is wrong with configuration or annotations, and the step that failed; nothing is left.
-    pub async fn boot(name: &Name, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
-        let mut config = settings::load(Path::new(config::PATH)).map_err(|error| Error::Failed(error.into()))?;
+    pub async fn boot(name: &Name, handler_config: Option<&Path>, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
+        let mut config = settings::load_for(Path::new(config::PATH), handler_config).map_err(|error| Error::Failed(error.into()))?;
         spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
         let limits = spec.pod_limits();
         config.size_for(limits.memory, limits.cpus());
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
+        if config.fs_id_base != 0 && spec.has_own_users() {
+            return Err(Error::Invalid(format!("pod {}: users of its own, which it asks for, and fs.id_base exclude each other", name.id)));
+        }
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()
         {

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_sys::mounts::{self as trees, Attributes};
 use containerd_shim_protos::types::mount::Mount;
 use nix::fcntl::AT_FDCWD;
@@ -56,17 +57,18 @@ fn parse_options(options: &[String]) -> (MsFlags, Vec<&str>) {
     (flags, data)
 }
 
-/// Mounts what containerd's snapshotter prepared at `target`, in order, one over the other.
+/// Mounts what containerd's snapshotter prepared at `target`, in order, one over the other; with `owners`
+/// what is on disk has those in it.
 ///
 /// `scratch` is a folder that the guest does not see, and that is gone afterwards.
 ///
 /// # Errors
 /// Which mount failed, and why.
-pub fn mount_rootfs(mounts: &[Mount], target: &Path, scratch: &Path) -> Result<()> {
+pub fn mount_rootfs(mounts: &[Mount], target: &Path, owners: Option<&IdMap>, scratch: &Path) -> Result<()> {
     for one in mounts {
         // containerd 1.7 and later may name a place within the root file system.
         let target = if one.target.is_empty() { target.to_owned() } else { inside(target, Path::new(&one.target))? };
-        mount_one(&one.type_, &one.source, &one.options, &target, scratch)
+        mount_one(one, &target, owners, scratch)
             .with_context(|| format!("mount the root file system ({} of {})", one.type_, one.source))?;
     }
     Ok(())
@@ -80,22 +82,32 @@ fn inside(root: &Path, path: &Path) -> Result<PathBuf> {
     Ok(root.join(path.strip_prefix("/").unwrap_or(path)))
 }
 
-fn mount_one(kind: &str, source: &str, options: &[String], target: &Path, scratch: &Path) -> Result<()> {
-    let (flags, mut data) = parse_options(options);
-    let owners = IdMap::take_from(&mut data)?;
+fn mount_one(one: &Mount, target: &Path, pods_owners: Option<&IdMap>, scratch: &Path) -> Result<()> {
+    let (kind, source) = (one.type_.as_str(), one.source.as_str());
+    let (flags, mut data) = parse_options(&one.options);
+    let own_owners = IdMap::take_from(&mut data)?;
+    ensure!(own_owners.is_none() || pods_owners.is_none(), "it has a mapping of owners of its own, which fs.id_base excludes");
+    let owners = own_owners.as_ref().or(pods_owners);
     // Device nodes in the share mean something in the guest, never on the host.
     let flags = flags | MsFlags::MS_NODEV;
     if flags.contains(MsFlags::MS_BIND) {
         let read_only = if flags.contains(MsFlags::MS_RDONLY) { ReadOnly::Top } else { ReadOnly::No };
-        let how = How { below: flags.contains(MsFlags::MS_REC), read_only, attributes: attributes(flags), owners, ..How::default() };
+        let how = How {
+            below: flags.contains(MsFlags::MS_REC),
+            read_only,
+            attributes: attributes(flags),
+            owners: owners.cloned(),
+            ..How::default()
+        };
         return bind(Path::new(source), target, &how);
     }
-    if let Some(owners) = owners {
-        if kind != "overlay" {
-            bail!("files of {kind} cannot have other owners in a pod than on disk; overlay's can");
+    if let Some(owners) = owners.filter(|_| kind == "overlay") {
+        if let Some(owners) = pods_owners {
+            own_upper(&data, owners)?;
         }
-        return mount_mapped_overlay(source, target, flags, &data, &owners, scratch);
+        return mount_mapped_overlay(source, target, flags, &data, owners, scratch);
     }
+    ensure!(own_owners.is_none(), "files of {kind} cannot have other owners in a pod than on disk; overlay's can");
     if kind == "overlay" {
         return mount_overlay(source, target, flags, &data);
     }
@@ -103,7 +115,12 @@ fn mount_one(kind: &str, source: &str, options: &[String], target: &Path, scratc
     if text.len() > MAX_DATA {
         bail!("the options have {} bytes; the kernel takes {MAX_DATA}", text.len());
     }
-    mount(Some(source), target, Some(kind), flags, Some(text.as_str())).map_err(Into::into)
+    mount(Some(source), target, Some(kind), flags, Some(text.as_str()))?;
+    match pods_owners {
+        // A mapped copy covers it.
+        Some(owners) => bind(target, target, &How { owners: Some(owners.clone()), ..How::default() }),
+        None => Ok(()),
+    }
 }
 
 fn mount_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str]) -> Result<()> {
@@ -169,7 +186,7 @@ fn attributes(flags: MsFlags) -> u64 {
 /// When the kernel refuses.
 pub fn bind(source: &Path, target: &Path, how: &How) -> Result<()> {
     let namespace = how.owners.as_ref().map(IdMap::namespace).transpose()?;
-    bind_mapped(source, target, how, namespace.as_ref())
+    bind_mapped(source, target, how, namespace.as_deref())
 }
 
 fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>) -> Result<()> {
@@ -183,7 +200,7 @@ fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>
         trees::set_attributes(&tree, Attributes::set(top), false)?;
     }
     if let Some(owners) = owners {
-        trees::map_owners(&tree, owners, how.owners_below).context("map the owners of its files")?;
+        trees::map_owners(&tree, owners, how.owners_below).context("map the owners of its files, which not every file system can")?;
     }
     Ok(trees::move_mount(&tree, target)?)
 }
@@ -247,6 +264,16 @@ fn mount_mapped_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&st
     })();
     // Why it failed comes before what of it could not be taken away.
     outcome.and(unmount_below(scratch)).and(remove_empty_tree(scratch))
+}
+
+/// Gives a fresh snapshot's own folder, which is the root of its overlay, the owners that its layers' have
+/// in the pod. containerd does that where it asks for the mapping itself.
+fn own_upper(data: &[&str], owners: &IdMap) -> Result<()> {
+    let Some(upper) = data.iter().find_map(|option| option.strip_prefix("upperdir=")) else { return Ok(()) };
+    let meta = std::fs::metadata(upper).with_context(|| format!("look at {upper}"))?;
+    // One that another run of the container has left has them.
+    let (user, group) = owners.seen(meta.uid(), meta.gid());
+    std::os::unix::fs::chown(upper, user, group).with_context(|| format!("change the owner of {upper}"))
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they

@@ -1,7 +1,7 @@
 //! The pod: its machine and its containers, and what each request does to them.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -46,6 +46,8 @@ pub struct CreateContainer<'a> {
 /// A pod.
 pub struct Pod {
     name: Name,
+    /// The configuration of its runtime handler, which comes after the host's.
+    config: Option<PathBuf>,
     pub(crate) events: Events,
     /// Held while the first container boots the machine.
     pub(crate) booting: tokio::sync::Mutex<()>,
@@ -61,9 +63,10 @@ pub struct Pod {
 
 impl Pod {
     /// A pod without a machine.
-    pub fn new(name: Name, events: Events) -> Self {
+    pub fn new(name: Name, config: Option<PathBuf>, events: Events) -> Self {
         Self {
             name,
+            config,
             events,
             booting: tokio::sync::Mutex::default(),
             machine: Mutex::default(),
@@ -138,7 +141,7 @@ impl Pod {
         if let Ok(machine) = self.machine() {
             return Ok((machine, false));
         }
-        let machine = Machine::boot(&self.name, spec, self.files(), Path::new(bundle)).await?;
+        let machine = Machine::boot(&self.name, self.config.as_deref(), spec, self.files(), Path::new(bundle)).await?;
         *lock(&self.machine) = Some(Arc::clone(&machine));
         Ok((machine, true))
     }
@@ -181,11 +184,11 @@ impl Pod {
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
-        let folder = ShareFolder::make(&machine.store, request.id, &binds, machine.config.fs_dead_sockets)?;
+        let folder = ShareFolder::make(&machine.store, request.id, &binds, &machine.config)?;
         // Of a sandbox's root nothing is read: no disk's place is wasted on it.
         let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
         if !machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await? {
-            folder.mount_root(&machine.store, request.spec, Path::new(request.bundle), request.rootfs)?;
+            folder.mount_root(&machine.store, request.spec, Path::new(request.bundle), request.rootfs, &machine.config)?;
         }
         let inner_mounts = folder.inner_mounts(request.id, &binds)?;
         let limits = request.spec.limits();

@@ -30,7 +30,7 @@ use crate::cri::PodFile;
 use crate::size::{Bounds, Growth};
 use crate::spec;
 use crate::store::Store;
-use crate::vmm::{Ended, Jailed, StreamState, Vmm, start_fs};
+use crate::vmm::{Ended, FsEnd, Jailed, StreamState, Vmm, start_fs};
 
 /// Open files that the pod's processes may have: streams take up to two each.
 const DESCRIPTOR_LIMIT: u64 = 8192;
@@ -161,10 +161,15 @@ impl Boot<'_> {
         self.enter("starting the virtio-fs server");
         let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads: config.fs_threads as usize };
         let watched = Arc::clone(&vmm);
-        let fs = start_fs(&config.fs_path, &store.share(), &fs_config, fs_listener, move |reason| async move {
-            // The server ends with a monitor that ends, and then it is the monitor that knows why.
-            if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
-                watched.kill(&reason);
+        let fs = start_fs(&config.fs_path, &store.share(), config.fs_id_base, &fs_config, fs_listener, move |end| async move {
+            match end {
+                FsEnd::Failed(reason) => watched.kill(&reason),
+                // The server ends with a monitor that ends, and then it is the monitor that knows why.
+                FsEnd::Gone(reason) => {
+                    if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
+                        watched.kill(&reason);
+                    }
+                }
             }
         })
         .await

@@ -25,6 +25,8 @@ const MAX_BYTES: u64 = 3 << 20;
 pub struct Bind {
     /// On the host.
     pub source: PathBuf,
+    /// In the container.
+    pub destination: PathBuf,
     /// What its copy in the share is like.
     pub how: How,
     /// Name in the container's `mounts` folder.
@@ -242,6 +244,11 @@ impl Spec {
         Ok(())
     }
 
+    /// Whether it has users of its own, in a user namespace.
+    pub fn has_own_users(&self) -> bool {
+        self.0["linux"]["uidMappings"].is_array()
+    }
+
     /// The namespaces of the guest that stand for those of the specification.
     fn guest_namespaces(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<Vec<Value>> {
         self.refuse_host_namespaces(container, host)?;
@@ -254,7 +261,7 @@ impl Spec {
                 // The pod's network is the machine's.
             } else if path.is_empty() {
                 namespaces.push(namespace.clone());
-            } else if kind == "user" && !matches!(self.kind(), Kind::Member(_)) && self.0["linux"]["uidMappings"].is_array() {
+            } else if kind == "user" && !matches!(self.kind(), Kind::Member(_)) && self.has_own_users() {
                 // containerd 2 has made one for the pod's network; the guest makes its own, with the same mapping.
                 namespaces.push(json!({"type": kind}));
             } else {
@@ -329,7 +336,8 @@ fn host_bind(mount: &Value, index: usize) -> Result<Option<Bind>> {
     );
     let follow = if follows { Follow::Host } else { Follow::No };
     let how = How { below, follow, read_only, owners, owners_below: has("ridmap"), ..How::default() };
-    Ok(Some(Bind { source: PathBuf::from(source), how, name: index.to_string() }))
+    let destination = mount["destination"].as_str().unwrap_or_default().into();
+    Ok(Some(Bind { source: source.into(), destination, how, name: index.to_string() }))
 }
 
 /// Takes out of a mount what was done on the host: the mapping of its files' owners.
@@ -420,10 +428,11 @@ mod tests {
             [
                 Bind {
                     source: "/srv/data".into(),
+                    destination: "/data".into(),
                     how: How { below: true, follow: Follow::Host, read_only: ReadOnly::Top, ..How::default() },
                     name: "0".into()
                 },
-                Bind { source: "/tmp/hosts".into(), how: How::default(), name: "1".into() }
+                Bind { source: "/tmp/hosts".into(), destination: "/etc/hosts".into(), how: How::default(), name: "1".into() }
             ]
         );
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "pid"}, {"type": "ipc"}]));

@@ -384,32 +384,52 @@ fn describe(stopped: &Stopped) -> String {
     }
 }
 
-/// Starts the virtio-fs server for `share`; `on_end` hears when it dies.
+/// Why the virtio-fs server ended.
+pub enum FsEnd {
+    /// It said what it could not do.
+    Failed(String),
+    /// It was killed, or there was nobody to serve any more.
+    Gone(String),
+}
+
+/// Starts the virtio-fs server for `share`, with ids of the host from `id_base` on when that is not 0;
+/// `on_end` hears when it dies.
 ///
 /// # Errors
 /// When it cannot be started.
 pub async fn start_fs<F: Future<Output = ()> + Send>(
     program: &Path,
     share: &Path,
+    id_base: u32,
     config: &FsConfig,
     socket: OwnedFd,
-    on_end: impl FnOnce(String) -> F + Send + 'static,
+    on_end: impl FnOnce(FsEnd) -> F + Send + 'static,
 ) -> Result<Arc<Jailed>> {
     let pid_of = |event: fs::Event| match event {
         fs::Event::Jailed { pid } => Ok(pid),
         fs::Event::Failed(reason) => Err(reason),
     };
-    let server = Arc::new(Jailed::start(program, &[], share, pid_of).await?);
-    server.send(config, &[socket.as_fd()]).await.context("configure the virtio-fs server")?;
+    let ids = Some(id_base.to_string()).filter(|_| id_base != 0);
+    let server = Arc::new(Jailed::start(program, ids.as_slice(), share, pid_of).await?);
+    if let Err(error) = server.send(config, &[socket.as_fd()]).await {
+        // One that has failed by now does not hear it, and has said why.
+        let reason = failure(&server).await;
+        server.collect().await;
+        bail!("{}", reason.unwrap_or_else(|| format!("configure the virtio-fs server: {error}")));
+    }
     let watched = Arc::clone(&server);
     tokio::spawn(async move {
-        let failure = match watched.receive::<fs::Event>().await {
-            Ok(Some((fs::Event::Failed(reason), _))) => Some(reason),
-            _ => None,
-        };
+        let failure = failure(&watched).await;
         let ended = watched.collect().await;
-        on_end(failure.map_or_else(|| format!("the virtio-fs server {ended}"), |reason| format!("the virtio-fs server failed: {reason}")))
-            .await;
+        on_end(failure.map_or_else(|| FsEnd::Gone(format!("the virtio-fs server {ended}")), FsEnd::Failed)).await;
     });
     Ok(server)
+}
+
+/// Waits for the last word of a virtio-fs server, if it has one.
+async fn failure(server: &Jailed) -> Option<String> {
+    match server.receive::<fs::Event>().await {
+        Ok(Some((fs::Event::Failed(reason), _))) => Some(format!("the virtio-fs server failed: {reason}")),
+        _ => None,
+    }
 }

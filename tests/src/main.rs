@@ -16,6 +16,7 @@ mod host;
 mod io;
 mod leaks;
 mod network;
+mod owners;
 mod pods;
 mod process;
 mod resize;
@@ -77,8 +78,18 @@ fn main() {
     let alone = libtest_mimic::run(
         &arguments,
         trials(
-            &[leaks::TESTS, faults::ALONE, pods::ALONE, volumes::ALONE, disks::ALONE, deploy::ALONE, fire::ALONE, sequences::ALONE]
-                .concat(),
+            &[
+                leaks::TESTS,
+                faults::ALONE,
+                owners::ALONE,
+                pods::ALONE,
+                volumes::ALONE,
+                disks::ALONE,
+                deploy::ALONE,
+                fire::ALONE,
+                sequences::ALONE,
+            ]
+            .concat(),
         ),
     );
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);

@@ -10,6 +10,7 @@ use k8s_cri::v1::{
 };
 
 use crate::Test;
+use crate::containerd::Containerd2;
 use crate::cri::{Pod, SLEEP, security};
 use crate::ctr::{self, id, run, shell};
 use crate::faults::Replaced;
@@ -68,32 +69,6 @@ fn limits_on_what_only_the_host_has_are_passed_over() {
     let container = pod.run("pinned", SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits));
     assert_eq!(pod.output(&container, "cat /sys/fs/cgroup/hugetlb.2MB.max"), "0");
     assert_eq!(pod.output(&container, "cat /sys/fs/cgroup/cpuset.cpus"), "");
-}
-
-/// A containerd 2 of its own, whose CRI has a handler with `sandboxer = "shim"`.
-struct Containerd2;
-
-impl Containerd2 {
-    const SOCKET: &str = "/tmp/c2s/sock";
-
-    fn start() -> Self {
-        let script = "set -e; mkdir -p /tmp/c2s; mount -t tmpfs t /tmp/c2s; bin=/opt/containerd/2/bin; cd /tmp/c2s; \
-            (echo 'root = \"/tmp/c2s/root\"'; echo 'state = \"/tmp/c2s/state\"'; cat /etc/containerd/config.toml; \
-            printf '[grpc]\\n  address = \"/tmp/c2s/sock\"\\n') > config.toml; \
-            PATH=$bin:$PATH setsid $bin/containerd --config config.toml > log 2>&1 & \
-            cd /tmp/c2s; ctr=\"/opt/containerd/2/bin/ctr -a /tmp/c2s/sock -n k8s.io\"; \
-            n=0; until $ctr version > /dev/null 2>&1; do sleep 0.2; n=$((n+1)); [ $n -lt 300 ]; done; \
-            $ctr images import /usr/lib/node/busybox.tar > /dev/null";
-        let started = run("bash", &["-c", script]);
-        assert_eq!(started.code, 0, "{started:?}");
-        Self
-    }
-}
-
-impl Drop for Containerd2 {
-    fn drop(&mut self) {
-        run("bash", &["-c", "pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s"]);
-    }
 }
 
 fn the_shim_makes_a_pods_sandbox_for_containerd_2() {

@@ -199,7 +199,6 @@ fn what_a_container_writes_is_in_the_snapshot() {
 
 fn a_snapshot_may_be_a_plain_folder() {
     // The native snapshotter copies each layer, and its mount is a bind.
-    shell("ctr images import --snapshotter native /usr/lib/node/busybox.tar");
     let name = id("native");
     let output = ctr(&["run", "--runtime", RUNTIME, "--snapshotter", "native", IMAGE, &name, "sh", "-c", "echo kept > /root/file; exit 3"]);
     let folder = ctr_ok(&["snapshots", "--snapshotter", "native", "mounts", "/tmp/root", &name]);

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Config, HostNamespaces};
-use crate::fs::CachePolicy;
+use crate::fs::{CachePolicy, HOST_IDS};
 use crate::vmm::{MEMORY_MIB, VCPUS};
 
 /// A value as it stands in a file or an annotation.
@@ -56,6 +56,15 @@ fn absolute(value: Value) -> Option<PathBuf> {
         Value::Text(text) if text.starts_with('/') && text.len() < 4096 && !text.contains('\0') => Some(text.into()),
         _ => None,
     }
+}
+
+fn paths(value: Value) -> Option<Vec<PathBuf>> {
+    let texts = match value {
+        Value::List(texts) => texts,
+        Value::Text(text) => text.split(',').map(str::to_owned).collect(),
+        Value::Integer(_) | Value::Bool(_) => return None,
+    };
+    texts.into_iter().map(|text| absolute(Value::Text(text))).collect()
 }
 
 fn text(value: Value, allowed: impl Fn(&str) -> bool) -> Option<String> {
@@ -219,6 +228,20 @@ pub const KEYS: &[Key] = &[
         "true or false",
         |c, v| c.fs_dead_sockets = boolean(&v)?,
         |c| c.fs_dead_sockets.to_string()
+    ),
+    key!(
+        "fs.id_base",
+        "first of the 65536 user and group ids that own a pod's files on the host, the guest's root being the first; 0 for the same ids as in the guest",
+        "0, or 65536 to 4294000000",
+        |c, v| c.fs_id_base = integer(&v, 0, 4_294_000_000).filter(|id| !(1..HOST_IDS).contains(id))?,
+        |c| c.fs_id_base.to_string()
+    ),
+    key!(
+        "fs.mapped_volumes",
+        "with fs.id_base, folders of the host or of the container whose volumes' files have those ids on disk as well; in others they are as in the guest",
+        "a list of absolute paths (in an annotation with commas between them)",
+        |c, v| c.fs_mapped_volumes = paths(v)?,
+        |c| toml::Value::from(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()).to_string()
     ),
     key!(
         "fs.threads",
