@@ -23,6 +23,7 @@ use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use virtiofsd::passthrough::{self, PassthroughFs};
+use virtiofsd::soft_idmap::cmdline::IdMap;
 use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -75,7 +76,13 @@ fn run(control: &Control) -> Result<()> {
     let Ok([socket]) = <[OwnedFd; 1]>::try_from(fds) else {
         bail!("the configuration came without exactly one socket");
     };
-    let fs_config = passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo);
+    // The kernel would refuse them, too, but when the server has half become such a user.
+    let unknown = id_base.map(|_| vec![IdMap::ForbidGuest { from_guest: HOST_IDS, count: u32::MAX - HOST_IDS }]);
+    let fs_config = passthrough::Config {
+        uid_map: unknown.clone(),
+        gid_map: unknown,
+        ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)
+    };
     serve(socket, fs_config, config.threads)
 }
 

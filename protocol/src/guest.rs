@@ -6,7 +6,8 @@ pub const HOST_CID: u64 = 2;
 pub const GUEST_CID: u64 = 3;
 /// The host port that the agent connects to and serves [`crate::agent::Agent`] on.
 pub const CONTROL_PORT: u32 = 1024;
-/// Ports from here on are given to streams, each used once.
+/// Streams have ports from here on, each used once and known to the agent alone: any process of the guest can
+/// ask for a port, and the first that does has the stream.
 pub const FIRST_STREAM_PORT: u32 = 1025;
 
 /// virtio-fs tag of the pod's share.

@@ -8,7 +8,7 @@
 //! * [`fs`]: shim to virtio-fs server, likewise;
 //! * [`config`]: `/etc/caisson/config.toml` and the `io.caisson.*` annotations;
 //! * [`cri`]: kubelet's description of a pod, as far as the shim reads it (`cri.proto`);
-//! * [`options`]: containerd's options of a runtime handler (`options.proto`);
+//! * [`options`]: what containerd writes to a shim that it starts (`options.proto`);
 //! * [`guest`]: what host and guest agree on without saying it: ports, paths, tags;
 //! * [`record`]: what a pod keeps on disk so that it can be listed and undone.
 

@@ -1,4 +1,4 @@
-//! The options of a runtime handler, as containerd hands them to a shim, generated from `options.proto`.
+//! What containerd writes to a shim that it starts, generated from `options.proto`.
 #![allow(missing_docs, reason = "generated from options.proto, whose names are containerd's")]
 #![allow(unsafe_code, warnings, clippy::all, clippy::pedantic, clippy::unwrap_used, reason = "generated code")]
 

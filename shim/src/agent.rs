@@ -117,12 +117,7 @@ impl Agent {
             ..HelloRequest::default()
         };
         let answer = self.until_ended(self.client.hello(none(), &request)).await?;
-        if answer.version != VERSION {
-            return Err(Error::Precondition(format!(
-                "the shim is version {VERSION} and the agent in the initramfs is version {}; install both from one build",
-                answer.version
-            )));
-        }
+        check_version(&answer.version)?;
         Ok(answer)
     }
 
@@ -260,4 +255,26 @@ fn process(container: &str, exec: &str) -> ProcessRequest {
 
 fn named(container: &str) -> ContainerRequest {
     ContainerRequest { container: container.to_owned(), ..ContainerRequest::default() }
+}
+
+/// Both sides of the control connection come from one build.
+fn check_version(agent: &str) -> Result<()> {
+    if agent == VERSION {
+        return Ok(());
+    }
+    Err(Error::Precondition(format!(
+        "the shim is version {VERSION} and the agent in the initramfs is version {agent}; install both from one build"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_of_another_build_is_named_with_its_version_and_ours() {
+        let error = check_version("0.1.0+0badc0de").unwrap_err().to_string();
+        assert!(error.contains("0.1.0+0badc0de") && error.contains(VERSION), "{error}");
+        assert!(check_version(VERSION).is_ok());
+    }
 }

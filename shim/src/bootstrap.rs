@@ -13,9 +13,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control;
-use caisson_protocol::options::Options;
+use caisson_protocol::options::{Any, BootstrapParams, Options};
 use protobuf::Message;
-use protobuf::well_known_types::any::Any;
 use sha2::{Digest, Sha256};
 
 use crate::flags::Flags;
@@ -25,7 +24,7 @@ use crate::spec;
 const SOCKET_DIR: &str = "/run/containerd/s";
 /// What containerd's options of a handler that it does not know are.
 const OPTIONS_TYPE: &str = "runtimeoptions.v1.Options";
-const MAX_OPTIONS: u64 = 1 << 20;
+const MAX_INPUT: u64 = 1 << 20;
 /// In the bundle: the shim's address, which containerd reads after its own restart.
 const ADDRESS_FILE: &str = "address";
 
@@ -49,7 +48,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     let pod = spec::pod_of(&bundle.join("config.json"))?.unwrap_or_else(|| flags.id.clone());
     let socket = socket_path(&flags.address, &flags.namespace, &pod);
     if pod == flags.id {
-        spawn_daemon(flags, config_path(&options()?)?, &bundle, &socket)?;
+        spawn_daemon(flags, config_path(flags, &input()?)?, &bundle, &socket)?;
     } else if UnixStream::connect(&socket).is_err() {
         bail!("container {} belongs to pod {pod}, whose shim does not run", flags.id);
     }
@@ -59,25 +58,35 @@ pub fn start(flags: &Flags) -> Result<()> {
     std::io::stdout().flush().context("print the address")
 }
 
-/// The options of the runtime handler, which containerd writes to standard input: nothing or a message.
-fn options() -> Result<Vec<u8>> {
+/// What containerd writes to standard input: nothing or a message.
+fn input() -> Result<Vec<u8>> {
     let (input, mut bytes) = (std::io::stdin(), Vec::new());
     // By hand there is nobody to write any.
     if !input.is_terminal() {
-        input.take(MAX_OPTIONS).read_to_end(&mut bytes).context("read the runtime's options")?;
+        input.take(MAX_INPUT).read_to_end(&mut bytes).context("read the runtime's options")?;
     }
     Ok(bytes)
 }
 
-/// The configuration file that options name (`ConfigPath`, and `ctr run --runtime-config-path`).
-fn config_path(options: &[u8]) -> Result<Option<String>> {
-    let options = Any::parse_from_bytes(options).context("parse the runtime's options")?;
-    if options.type_url.trim_start_matches("type.googleapis.com/") != OPTIONS_TYPE {
+/// The configuration file that the options of the runtime handler name (`ConfigPath`, and `ctr run
+/// --runtime-config-path`).
+fn config_path(flags: &Flags, input: &[u8]) -> Result<Option<String>> {
+    // From containerd 2.3 on it is a message that is about us; before, it is the options alone.
+    let about_us = |params: &BootstrapParams| params.instance_id == flags.id && params.namespace == flags.namespace;
+    let given: Vec<Any> = match BootstrapParams::parse_from_bytes(input).ok().filter(about_us) {
+        Some(params) => params.extensions.into_iter().filter_map(|extension| extension.value.into_option()).collect(),
+        None => vec![Any::parse_from_bytes(input).context("parse the runtime's options")?],
+    };
+    let Some(options) = given.iter().find(|any| any.type_url.trim_start_matches("type.googleapis.com/") == OPTIONS_TYPE) else {
         return Ok(None);
-    }
-    let path = Options::parse_from_bytes(&options.value).context("parse the runtime's options")?.config_path;
-    ensure!(path.is_empty() || path.starts_with('/'), "ConfigPath {path:?}: allowed is an absolute path");
-    Ok(Some(path).filter(|path| !path.is_empty()))
+    };
+    let Options { config_path, config_body, .. } = Options::parse_from_bytes(&options.value).context("parse the runtime's options")?;
+    ensure!(
+        config_body.is_empty(),
+        "the options of the runtime handler hold settings other than ConfigPath, which names the file that they belong into"
+    );
+    ensure!(config_path.is_empty() || config_path.starts_with('/'), "ConfigPath {config_path:?}: allowed is an absolute path");
+    Ok(Some(config_path).filter(|path| !path.is_empty()))
 }
 
 fn spawn_daemon(flags: &Flags, config: Option<String>, bundle: &Path, socket: &Path) -> Result<()> {
@@ -116,19 +125,33 @@ fn spawn_daemon(flags: &Flags, config: Option<String>, bundle: &Path, socket: &P
 
 #[cfg(test)]
 mod tests {
+    use caisson_protocol::options::Extension;
+    use protobuf::MessageField;
+
     use super::*;
 
     #[test]
     fn a_handlers_configuration_is_read_out_of_its_options() {
-        let options = |kind: &str, path: &str| {
-            let value = Options { config_path: path.into(), ..Options::default() }.write_to_bytes().unwrap();
-            config_path(&Any { type_url: kind.into(), value, ..Any::default() }.write_to_bytes().unwrap())
+        let flags = Flags::parse(["-namespace", "k8s.io", "-id", "web", "start"].map(str::to_owned).into_iter()).unwrap();
+        let message =
+            |kind: &str, options: Options| Any { type_url: kind.into(), value: options.write_to_bytes().unwrap(), ..Any::default() };
+        let named = |path: &str| Options { config_path: path.into(), ..Options::default() };
+        let before = |kind: &str, options: Options| config_path(&flags, &message(kind, options).write_to_bytes().unwrap());
+        let since = |kind: &str, options: Options| {
+            let extension = Extension { value: MessageField::some(message(kind, options)), ..Extension::default() };
+            let (instance_id, namespace) = ("web".into(), "k8s.io".into());
+            let params = BootstrapParams { instance_id, namespace, extensions: vec![extension], ..BootstrapParams::default() };
+            config_path(&flags, &params.write_to_bytes().unwrap())
         };
-        assert_eq!(options(OPTIONS_TYPE, "/etc/caisson/acme.toml").unwrap().as_deref(), Some("/etc/caisson/acme.toml"));
-        assert!(options(OPTIONS_TYPE, "acme.toml").unwrap_err().to_string().contains("\"acme.toml\""));
-        for none in [config_path(&[]), options(OPTIONS_TYPE, ""), options("containerd.runc.v1.Options", "/x")] {
-            assert_eq!(none.unwrap(), None);
+        for read in [&before as &dyn Fn(&str, Options) -> Result<Option<String>>, &since] {
+            assert_eq!(read(OPTIONS_TYPE, named("/etc/caisson/acme.toml")).unwrap().as_deref(), Some("/etc/caisson/acme.toml"));
+            assert!(read(OPTIONS_TYPE, named("acme.toml")).unwrap_err().to_string().contains("\"acme.toml\""));
+            let inline = Options { config_body: b"SystemdCgroup = true".to_vec(), ..Options::default() };
+            assert!(read(OPTIONS_TYPE, inline).unwrap_err().to_string().contains("ConfigPath"));
+            assert_eq!(read(OPTIONS_TYPE, named("")).unwrap(), None);
+            assert_eq!(read("containerd.runc.v1.Options", named("/x")).unwrap(), None);
         }
-        assert!(config_path(b"nonsense").is_err());
+        assert_eq!(config_path(&flags, &[]).unwrap(), None);
+        assert!(config_path(&flags, b"nonsense").is_err());
     }
 }

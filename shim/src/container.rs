@@ -8,8 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use anyhow::{Context, Result, ensure};
 use caisson_protocol::config::Config;
+use caisson_protocol::fs::HOST_IDS;
 use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
 use containerd_shim_protos::types::mount::Mount;
+use serde_json::Value;
 
 use crate::errors::{self, Error};
 use crate::idmap::IdMap;
@@ -188,17 +190,21 @@ impl ShareFolder {
             std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
             std::fs::File::create_new(&target).with_context(what)?;
         }
-        let source = source.canonicalize().with_context(what)?;
-        let is_mapped = |folder: &PathBuf| source.starts_with(folder) || bind.destination.starts_with(folder);
-        let how = match owners(config) {
-            Some(owners) if !config.fs_mapped_volumes.iter().any(is_mapped) => {
+        let real = source.canonicalize().with_context(what)?;
+        match owners(config).filter(|_| !is_mapped(config, bind, &real)) {
+            Some(owners) => {
                 ensure!(bind.how.owners.is_none(), "{}: it has a mapping of owners of its own, which fs.id_base excludes", what());
-                &How { owners: Some(owners), owners_below: bind.how.below, ..bind.how.clone() }
+                let how = How { owners: Some(owners), owners_below: bind.how.below, ..bind.how.clone() };
+                if let Err(error) = mounts::bind(source, &target, &how) {
+                    // Not every file system can do so, and one among those mounted below it suffices.
+                    mounts::bind(source, &target, &How { owners_below: false, ..how })
+                        .with_context(|| format!("{} (with fs.id_base; those in fs.mapped_volumes need no mapping)", what()))?;
+                    log::warn!("{}: what is mounted within belongs to nobody in the pod: {error:#}", what());
+                }
             }
-            _ => &bind.how,
-        };
-        mounts::bind(&source, &target, how).with_context(what)?;
-        self.prune(&source, &target).with_context(what)
+            None => mounts::bind(source, &target, &bind.how).with_context(what)?,
+        }
+        self.prune(&real, &target).with_context(what)
     }
 
     /// Takes what pods have mounted for themselves out of a bound folder: a pod with all of the host's
@@ -245,6 +251,31 @@ impl Drop for ShareFolder {
         {
             log::error!("{error:#}");
         }
+    }
+}
+
+/// Whether a volume's files have the pod's ids on disk. A path is taken as it was given as well as behind
+/// its links: that a volume is mapped only takes rights away.
+fn is_mapped(config: &Config, bind: &Bind, real: &Path) -> bool {
+    config.fs_mapped_volumes.iter().any(|folder| {
+        let within = |path: &Path| path.starts_with(folder) || folder.canonicalize().is_ok_and(|folder| path.starts_with(folder));
+        within(&bind.source) || within(real) || bind.destination.starts_with(folder)
+    })
+}
+
+/// Refuses users and groups that a pod with ids of its own on the host has not.
+///
+/// # Errors
+/// Which it is.
+pub fn check_ids(container: &str, spec: &Value, config: &Config) -> errors::Result<()> {
+    let user = &spec["process"]["user"];
+    let groups = user["additionalGids"].as_array().into_iter().flatten();
+    let mut ids = [&user["uid"], &user["gid"]].into_iter().chain(groups).filter_map(Value::as_u64);
+    match ids.find(|id| config.fs_id_base != 0 && *id >= HOST_IDS.into()) {
+        Some(id) => {
+            Err(Error::Invalid(format!("container {container}: user or group {id}; a pod with fs.id_base has those below {HOST_IDS}")))
+        }
+        None => Ok(()),
     }
 }
 

@@ -11,6 +11,7 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use futures::stream::unfold;
 use log::LevelFilter;
+use nix::sys::stat::{Mode, umask};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 use ttrpc::asynchronous::Server;
@@ -21,6 +22,7 @@ use crate::events::Events;
 use crate::flags::Flags;
 use crate::machine::Name;
 use crate::pod::Pod;
+use crate::privileges;
 use crate::sandboxer::SandboxService;
 use crate::service::TaskService;
 
@@ -40,6 +42,9 @@ pub fn serve(flags: Flags) -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true).context("become the reaper of the pod's processes")?;
     let level = if flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
     crate::logger::init(Path::new("."), &flags.namespace, &flags.id, level);
+    privileges::narrow()?;
+    // A file server that is not root finds its way through the folders of the share.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(run(&flags, listener.into(), begin))
 }

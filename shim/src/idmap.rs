@@ -58,6 +58,11 @@ impl IdMap {
         (seen(&self.users, user), seen(&self.groups, group))
     }
 
+    /// Whether something on disk is seen as this user.
+    pub fn shows(&self, user: u32) -> bool {
+        self.users.iter().any(|(_, seen, size)| user.checked_sub(*seen).is_some_and(|offset| offset < *size))
+    }
+
     /// Neither half of a mapping is of use without the other.
     fn complete(self) -> Result<Option<Self>> {
         ensure!(self.users.is_empty() == self.groups.is_empty(), "a mapping of owners needs users and groups");

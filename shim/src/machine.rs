@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use caisson_host::{records, settings};
 use caisson_protocol::VERSION;
 use caisson_protocol::config::{self, Config};
+use caisson_protocol::fs::HOST_IDS;
 use caisson_protocol::record::PodRecord;
 use tokio::sync::OnceCell;
 
@@ -64,9 +65,7 @@ impl Machine {
         let limits = spec.pod_limits();
         config.size_for(limits.memory, limits.cpus());
         config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
-        if config.fs_id_base != 0 && spec.has_own_users() {
-            return Err(Error::Invalid(format!("pod {}: users of its own, which it asks for, and fs.id_base exclude each other", name.id)));
-        }
+        check_id_base(&config, name, spec)?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()
         {
@@ -170,6 +169,24 @@ impl Machine {
         self.stop(reason);
         undo(&self.name, &self.config);
     }
+}
+
+/// Refuses what ids of the pod's own on the host exclude.
+fn check_id_base(config: &Config, name: &Name, spec: &Spec) -> Result<()> {
+    let (base, monitors) = (config.fs_id_base, config.uid_base);
+    if base == 0 {
+        return Ok(());
+    }
+    if spec.has_own_users() {
+        return Err(Error::Invalid(format!("pod {}: users of its own, which it asks for, and fs.id_base exclude each other", name.id)));
+    }
+    if base < monitors + config.uid_count && monitors < base + HOST_IDS {
+        return Err(Error::Invalid(format!(
+            "pod {}: the {HOST_IDS} ids from fs.id_base = {base} on overlap those from vmm.uid_base on",
+            name.id
+        )));
+    }
+    Ok(())
 }
 
 fn undo(name: &Name, config: &Config) {

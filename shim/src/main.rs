@@ -28,6 +28,7 @@ mod machine;
 mod mounts;
 mod network;
 mod pod;
+mod privileges;
 mod process;
 mod room;
 mod sandbox;

@@ -88,8 +88,8 @@ fn mount_one(one: &Mount, target: &Path, pods_owners: Option<&IdMap>, scratch: &
     let own_owners = IdMap::take_from(&mut data)?;
     ensure!(own_owners.is_none() || pods_owners.is_none(), "it has a mapping of owners of its own, which fs.id_base excludes");
     let owners = own_owners.as_ref().or(pods_owners);
-    // Device nodes in the share mean something in the guest, never on the host.
-    let flags = flags | MsFlags::MS_NODEV;
+    // Device nodes and programs of the share mean something in the guest, never on the host.
+    let flags = flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     if flags.contains(MsFlags::MS_BIND) {
         let read_only = if flags.contains(MsFlags::MS_RDONLY) { ReadOnly::Top } else { ReadOnly::No };
         let how = How {
@@ -179,8 +179,8 @@ fn attributes(flags: MsFlags) -> u64 {
 /// Binds `source` at `target`.
 ///
 /// The copy leaves its source's peer group before it is attached: what is unmounted in the share
-/// when a container ends stays mounted on the host. Flags of the source stay, and device nodes mean
-/// something in the guest only.
+/// when a container ends stays mounted on the host. Flags of the source stay; device nodes and
+/// set-user-id programs mean something in the guest only.
 ///
 /// # Errors
 /// When the kernel refuses.
@@ -193,7 +193,7 @@ fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>
     let propagation = if how.follow == Follow::Host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
     let tree = trees::open_tree(AT_FDCWD, source, how.below)?;
     let read_only = if how.read_only == ReadOnly::All { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    let all = Attributes { set: libc::MOUNT_ATTR_NODEV | read_only, clear: 0, propagation: propagation.bits() };
+    let all = Attributes { set: libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | read_only, clear: 0, propagation: propagation.bits() };
     trees::set_attributes(&tree, all, how.below).context("part the copy from its source (Linux 5.12 is needed)")?;
     let top = how.attributes | if how.read_only == ReadOnly::Top { libc::MOUNT_ATTR_RDONLY } else { 0 };
     if top != 0 {
@@ -273,6 +273,11 @@ fn own_upper(data: &[&str], owners: &IdMap) -> Result<()> {
     let meta = std::fs::metadata(upper).with_context(|| format!("look at {upper}"))?;
     // One that another run of the container has left has them.
     let (user, group) = owners.seen(meta.uid(), meta.gid());
+    ensure!(
+        user.is_some() || owners.shows(meta.uid()),
+        "its snapshot belongs to user {}: it was written with another fs.id_base",
+        meta.uid()
+    );
     std::os::unix::fs::chown(upper, user, group).with_context(|| format!("change the owner of {upper}"))
 }
 

@@ -14,7 +14,7 @@ use containerd_shim_protos::types::mount::Mount;
 use protobuf::MessageField;
 
 use crate::agent::Exit;
-use crate::container::{Container, ShareFolder, TaskId, remove_share_folder};
+use crate::container::{Container, ShareFolder, TaskId, check_ids, remove_share_folder};
 use crate::cri::{PodFile, PodSandbox};
 use crate::errors::{Error, Result};
 use crate::events::{Events, Topic, timestamp};
@@ -181,6 +181,7 @@ impl Pod {
     async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
         let GuestSpec { mut spec, binds, huge_page_volumes } =
             request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
+        check_ids(request.id, &spec, &machine.config)?;
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
@@ -197,7 +198,7 @@ impl Pod {
         }
         let sandbox = &machine.sandbox;
         let volumes = Volumes::publish(&sandbox.agent, request.id, &binds, &mut spec).await;
-        let opened = stdio::open(&request.paths, request.id, &self.name.namespace, || sandbox.next_port())?;
+        let opened = stdio::open(&request.paths, request.id, &self.name.namespace)?;
         let ports = opened.ports.clone();
         let process = Process::new(sandbox, "", request.paths.clone(), opened).await?;
         let create = CreateContainerRequest {
@@ -291,7 +292,7 @@ impl Pod {
         }
         let machine = self.machine()?;
         let process_spec = spec::with_terminal(&process_spec, paths.terminal)?;
-        let opened = stdio::open(&paths, id, &self.name.namespace, || machine.sandbox.next_port())?;
+        let opened = stdio::open(&paths, id, &self.name.namespace)?;
         let ports = opened.ports.clone();
         let process = Process::new(&machine.sandbox, exec, paths, opened).await?;
         let registered = machine.sandbox.agent.create_exec(id, exec, process_spec, ports).await;
@@ -352,22 +353,14 @@ impl Pod {
         process.close_streams(sandbox).await;
         if exec.is_empty() {
             self.delete_container(&machine, id).await?;
+            let exited_at = MessageField::some(timestamp(exit.at));
+            let exit_status = exit.status;
+            self.publish(id, &TaskDelete { container_id: id.to_owned(), pid, exit_status, exited_at, ..TaskDelete::default() });
         } else {
-            // The machine may be gone; then so is the exec.
+            // The machine may be gone; then so is the exec. Its deletion is no event of the task.
             let _ = sandbox.agent.delete(id, exec).await;
             container.remove_exec(exec);
         }
-        self.publish(
-            id,
-            &TaskDelete {
-                container_id: id.to_owned(),
-                id: exec.to_owned(),
-                pid,
-                exit_status: exit.status,
-                exited_at: MessageField::some(timestamp(exit.at)),
-                ..TaskDelete::default()
-            },
-        );
         Ok((pid, exit))
     }
 

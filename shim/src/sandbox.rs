@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use caisson_host::jail::raise_descriptor_limit;
 use caisson_protocol::config::Config;
 use caisson_protocol::fs::FsConfig;
-use caisson_protocol::guest::{CONTROL_PORT, FIRST_STREAM_PORT};
+use caisson_protocol::guest::CONTROL_PORT;
 use caisson_protocol::vmm::{BootConfig, Ends, Offer};
 use nix::mount::{MsFlags, mount};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -49,7 +48,6 @@ pub struct Sandbox {
     /// How it becomes larger.
     pub growth: Growth,
     fs: Arc<Jailed>,
-    next_port: AtomicU32,
 }
 
 /// The files that a machine boots from, opened with the shim's rights.
@@ -81,11 +79,6 @@ impl Sandbox {
         tokio::spawn(async move { growing.growth.follow(&growing.vmm).await });
         tokio::spawn(watch_health(Arc::clone(&sandbox), Duration::from_millis(config.health_interval_ms.into())));
         Ok(sandbox)
-    }
-
-    /// A port that no stream of this pod has had.
-    pub fn next_port(&self) -> u32 {
-        self.next_port.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Follows the end of the machine.
@@ -190,7 +183,7 @@ impl Boot<'_> {
         self.hello(&vmm, &agent, connected, processes).await?;
         // The guest has mounted the share: the file server has mapped all memory.
         let growth = Growth::new(bounds, files.added)?;
-        Ok(Arc::new(Sandbox { vmm, agent, growth, fs, next_port: AtomicU32::new(FIRST_STREAM_PORT) }))
+        Ok(Arc::new(Sandbox { vmm, agent, growth, fs }))
     }
 
     /// Starts the vCPUs and offers the control port; the returned state tells when the guest connects.

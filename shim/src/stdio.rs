@@ -13,8 +13,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use caisson_protocol::agent::Stdio as Ports;
+use caisson_protocol::guest::FIRST_STREAM_PORT;
 use caisson_protocol::vmm::{Ends, Offer};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -46,11 +47,25 @@ pub struct Opened {
     pub input: Option<OwnedFd>,
 }
 
-/// Opens the streams of a process, with ports from `next_port`.
+/// A port for a stream, which no container can guess while it is on offer.
+///
+/// # Errors
+/// When the kernel has no random numbers.
+pub fn stream_port() -> Result<u32> {
+    // The last number stands for any port (vsock(7)).
+    let known = |port: &u32| (FIRST_STREAM_PORT..u32::MAX).contains(port);
+    loop {
+        if let Some(port) = Some(getrandom::u32().map_err(|error| anyhow!("choose a port: {error}"))?).filter(known) {
+            return Ok(port);
+        }
+    }
+}
+
+/// Opens the streams of a process.
 ///
 /// # Errors
 /// Which stream could not be opened, and why.
-pub fn open(paths: &Paths, container: &str, namespace: &str, mut next_port: impl FnMut() -> u32) -> Result<Opened> {
+pub fn open(paths: &Paths, container: &str, namespace: &str) -> Result<Opened> {
     let mut opened =
         Opened { ports: Ports { terminal: paths.terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new(), input: None };
     let source = if paths.stdin.is_empty() {
@@ -62,23 +77,26 @@ pub fn open(paths: &Paths, container: &str, namespace: &str, mut next_port: impl
         Some(source)
     };
     let (stdout, stderr) = open_sinks(paths, container, namespace, &mut opened.keepers)?;
-    let mut offer = |ends: Ends, fds: Vec<OwnedFd>| {
-        let port = next_port();
+    let mut offer = |ends: Ends, fds: Vec<OwnedFd>| -> Result<u32> {
+        if fds.is_empty() {
+            return Ok(0);
+        }
+        let port = stream_port()?;
         opened.offers.push((Offer { port, ends }, fds));
-        port
+        Ok(port)
     };
     if paths.terminal {
-        opened.ports.stdin = match (source, stdout) {
-            (Some(source), Some(sink)) => offer(Ends::SourceAndSink, vec![source, sink]),
-            (Some(source), None) => offer(Ends::Source, vec![source]),
-            (None, Some(sink)) => offer(Ends::Sink, vec![sink]),
-            (None, None) => 0,
+        let ends = match (&source, &stdout) {
+            (Some(_), Some(_)) => Ends::SourceAndSink,
+            (Some(_), None) => Ends::Source,
+            (None, _) => Ends::Sink,
         };
+        opened.ports.stdin = offer(ends, source.into_iter().chain(stdout).collect())?;
         return Ok(opened);
     }
-    opened.ports.stdin = source.map_or(0, |source| offer(Ends::Source, vec![source]));
-    opened.ports.stdout = stdout.map_or(0, |sink| offer(Ends::Sink, vec![sink]));
-    opened.ports.stderr = stderr.map_or(0, |sink| offer(Ends::Sink, vec![sink]));
+    opened.ports.stdin = offer(Ends::Source, source.into_iter().collect())?;
+    opened.ports.stdout = offer(Ends::Sink, stdout.into_iter().collect())?;
+    opened.ports.stderr = offer(Ends::Sink, stderr.into_iter().collect())?;
     Ok(opened)
 }
 
@@ -235,14 +253,11 @@ mod tests {
     fn opening_does_not_wait_for_the_other_side() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths { terminal: false, stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new() };
-        let mut port = 10;
-        let opened = open(&paths, "c", "n", || {
-            port += 1;
-            port
-        })
-        .unwrap();
-        assert_eq!((opened.ports.stdin, opened.ports.stdout, opened.ports.stderr), (11, 12, 0));
-        assert_eq!((opened.input_port(), opened.output_ports()), (Some(11), vec![12]));
+        let opened = open(&paths, "c", "n").unwrap();
+        let Ports { stdin, stdout, stderr, .. } = opened.ports;
+        assert!(stdin >= FIRST_STREAM_PORT && stdout >= FIRST_STREAM_PORT && stderr == 0);
+        assert!(stdin.abs_diff(stdout) > 1, "who knows one knows the next");
+        assert_eq!((opened.input_port(), opened.output_ports()), (Some(stdin), vec![stdout]));
     }
 
     #[test]
@@ -264,7 +279,7 @@ mod tests {
     fn a_terminal_is_one_stream() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths { terminal: true, stdin: fifo(dir.path(), "in"), stdout: fifo(dir.path(), "out"), stderr: String::new() };
-        let opened = open(&paths, "c", "n", || 7).unwrap();
+        let opened = open(&paths, "c", "n").unwrap();
         assert_eq!(opened.offers.len(), 1);
         assert_eq!((opened.offers[0].0.ends, opened.offers[0].1.len()), (Ends::SourceAndSink, 2));
     }
@@ -272,7 +287,7 @@ mod tests {
     #[test]
     fn a_missing_fifo_is_named() {
         let paths = Paths { stdout: "/no/such/fifo".into(), ..Paths::default() };
-        let Err(error) = open(&paths, "c", "n", || 1) else { panic!("opened what is not there") };
+        let Err(error) = open(&paths, "c", "n") else { panic!("opened what is not there") };
         assert!(error.to_string().contains("/no/such/fifo"));
     }
 
@@ -281,7 +296,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("logs/c.log");
         let paths = Paths { stdout: format!("file://{}", path.display()), ..Paths::default() };
-        let mut opened = open(&paths, "c", "n", || 1).unwrap();
+        let mut opened = open(&paths, "c", "n").unwrap();
         let mut writer = File::from(opened.offers.remove(0).1.remove(0));
         writer.write_all(b"line\n").unwrap();
         drop(writer);

@@ -3,7 +3,9 @@
 //! The record is written before what it names is acquired, so that `delete` after a kill -9 finds
 //! at least all that exists.
 
+use std::fs::DirBuilder;
 use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -30,7 +32,9 @@ impl Store {
         std::fs::create_dir_all(run_dir).with_context(|| format!("create the run folder {}", run_dir.display()))?;
         let run_dir = real(run_dir);
         let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
-        std::fs::create_dir_all(dir.join("share")).with_context(|| format!("create the pod's folder {}", dir.display()))?;
+        // What is mounted in it shows files without the folders that keep others of the host from them.
+        let make = || DirBuilder::new().recursive(true).mode(0o700).create(&dir).and_then(|()| std::fs::create_dir(dir.join("share")));
+        make().with_context(|| format!("create the pod's folder {}", dir.display()))?;
         write(&dir, &record)?;
         Ok(Self { run_dir, dir, record: Mutex::new(record) })
     }

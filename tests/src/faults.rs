@@ -1,12 +1,12 @@
 //! What happens when something is killed, missing, broken, full or too small.
 
-use std::fs::File;
-use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use crate::Test;
 use crate::containerd::Containerd;
+use crate::cri;
 use crate::ctr::{IMAGE, Output, Pod, RUNTIME, ctr, ctr_ok, id, run, run_pod};
+use crate::events::Events;
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[("a_bad_annotation_is_one_sentence", a_bad_annotation_is_one_sentence)];
@@ -18,6 +18,7 @@ pub const ALONE: &[Test] = &[
     ("a_killed_shim_exits_137_and_leaves_nothing", a_killed_shim_exits_137_and_leaves_nothing),
     ("a_panicking_guest_exits_137_and_leaves_nothing", a_panicking_guest_exits_137_and_leaves_nothing),
     ("output_and_exit_survive_a_containerd_restart", output_and_exit_survive_a_containerd_restart),
+    ("a_pods_log_is_whole_across_a_containerd_restart", a_pods_log_is_whole_across_a_containerd_restart),
     ("broken_files_are_one_clear_sentence", broken_files_are_one_clear_sentence),
     ("bad_settings_are_one_clear_sentence", bad_settings_are_one_clear_sentence),
     ("without_kvm_create_says_so", without_kvm_create_says_so),
@@ -72,43 +73,6 @@ fn a_bad_annotation_is_one_sentence() {
     assert!(said.contains("not allowed on this host"), "{said}");
 }
 
-/// What containerd tells its subscribers meanwhile.
-struct Events {
-    child: Child,
-    file: String,
-}
-
-impl Events {
-    fn listen() -> Self {
-        let file = format!("/tmp/{}", id("events"));
-        let child = Command::new("ctr").arg("events").stdout(File::create(&file).unwrap()).spawn().unwrap();
-        let events = Self { child, file };
-        // It is subscribed once something that happens is heard.
-        let namespace = id("heard");
-        eventually(
-            || {
-                ctr(&["namespaces", "create", &namespace]);
-                ctr(&["namespaces", "remove", &namespace]);
-                !events.so_far().is_empty()
-            },
-            "ctr hears of nothing",
-        );
-        events
-    }
-
-    fn so_far(&self) -> String {
-        std::fs::read_to_string(&self.file).unwrap()
-    }
-}
-
-impl Drop for Events {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.file);
-    }
-}
-
 fn kill_and_expect_137(role: &str) {
     let before = Inventory::take();
     {
@@ -125,6 +89,8 @@ fn kill_and_expect_137(role: &str) {
         let exit = |line: &str| line.contains("/tasks/exit") && line.contains(&pod.id) && line.contains("137");
         eventually(|| events.so_far().lines().any(exit), &format!("no exit of 137 among the events: {}", events.so_far()));
         if role != "shim" {
+            let listed = run("caisson", &["list"]).stdout;
+            assert!(listed.contains("was killed by SIGKILL"), "{listed}");
             assert_eq!(pod.delete(), 137);
         }
     }
@@ -183,6 +149,21 @@ fn output_and_exit_survive_a_containerd_restart() {
     let expected: String = (1..=80).map(|number| format!("line {number}\n")).collect();
     assert_eq!(text, expected);
     assert_eq!(pod.delete(), 9);
+}
+
+fn a_pods_log_is_whole_across_a_containerd_restart() {
+    let mut pod = cri::Pod::start(|_| ());
+    let container = pod.run("printer", "for i in $(seq 1 150); do echo line $i; sleep 0.1; done; exit 9", |_| ());
+    // Killed, not asked to end: what the container says meanwhile waits in its pipes.
+    let output = run("bash", &["-c", "pkill -9 -x containerd; sleep 3; /usr/lib/node/containerd.sh"]);
+    assert_eq!(output.code, 0, "{output:?}");
+    assert_eq!(pod.wait_for_exit(&container), 9);
+    let said = || {
+        let log = std::fs::read_to_string(format!("{}/printer.log", pod.config.log_directory)).unwrap();
+        log.lines().filter_map(|line| Some(line.split_once(" stdout F ")?.1.to_owned())).collect::<Vec<_>>()
+    };
+    eventually(|| said().len() >= 150, "lines are missing");
+    assert_eq!(said(), (1..=150).map(|number| format!("line {number}")).collect::<Vec<_>>());
 }
 
 /// Replaces a file for as long as it lives.

@@ -10,10 +10,12 @@ mod cri;
 mod ctr;
 mod deploy;
 mod disks;
+mod events;
 mod faults;
 mod fire;
 mod host;
 mod io;
+mod isolation;
 mod leaks;
 mod network;
 mod owners;
@@ -24,18 +26,26 @@ mod sequences;
 mod streaming;
 mod volumes;
 
+use std::sync::Mutex;
+use std::time::Instant;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 
 type Test = (&'static str, fn());
+
+/// How many seconds each test took.
+static TIMES: Mutex<Vec<(u64, &str)>> = Mutex::new(Vec::new());
 
 fn trials(tests: &[Test]) -> Vec<Trial> {
     tests
         .iter()
         .map(|&(name, test)| {
             Trial::test(name, move || {
-                let start = host::uptime();
+                let (start, begin) = (host::uptime(), Instant::now());
                 // A panic's message is the failure's; libtest-mimic catches it as well, but would print a backtrace.
-                std::panic::catch_unwind(test).map_err(|panic| {
+                let outcome = std::panic::catch_unwind(test);
+                TIMES.lock().unwrap().push((begin.elapsed().as_secs(), name));
+                outcome.map_err(|panic| {
                     let text =
                         panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
                     Failed::from(format!(
@@ -60,7 +70,9 @@ fn main() {
     arguments.test_threads = Some(1);
     let shared = [
         process::TESTS,
+        events::TESTS,
         io::TESTS,
+        isolation::TESTS,
         network::TESTS,
         cri::TESTS,
         pods::TESTS,
@@ -92,6 +104,10 @@ fn main() {
             .concat(),
         ),
     );
+    let mut times = TIMES.lock().unwrap();
+    times.sort_unstable();
+    let slowest: Vec<String> = times.iter().rev().take(20).map(|(seconds, name)| format!("{name} {seconds} s")).collect();
+    println!("of {} s most took {}", times.iter().map(|(seconds, _)| seconds).sum::<u64>(), slowest.join(", "));
     println!("{} passed, {} failed", together.num_passed + alone.num_passed, together.num_failed + alone.num_failed);
     if together.has_failed() || alone.has_failed() {
         std::process::exit(101);

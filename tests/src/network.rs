@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("connections_within_the_namespace_reach_the_guest", connections_within_the_namespace_reach_the_guest),
     ("the_hosts_own_network_is_refused", the_hosts_own_network_is_refused),
     ("nothing_stays_in_a_network_namespace", nothing_stays_in_a_network_namespace),
+    ("a_container_reaches_no_port_of_the_host", a_container_reaches_no_port_of_the_host),
 ];
 
 /// A network namespace with an interface `eth7`, whose other end is the node's.
@@ -260,4 +261,15 @@ fn nothing_stays_in_a_network_namespace() {
     let name = id("again");
     let output = ctr(&["run", "--rm", "--with-ns", &option, "--runtime", RUNTIME, IMAGE, &name, "ip", "addr"]);
     assert_contains(&output.stdout, &["eth7"]);
+}
+
+fn a_container_reaches_no_port_of_the_host() {
+    // The node's socat knows vsock; what the agent is served on is the first of these ports.
+    let pod = Pod::start("vsock", &["--mount", "type=bind,src=/usr,dst=/node,options=rbind:ro"], "sleep 1000");
+    let socat = "/node/lib64/ld-linux-x86-64.so.2 --library-path /node/lib/x86_64-linux-gnu /node/bin/socat";
+    let script = format!("for port in $(seq 1024 1040); do {socat} -u VSOCK-CONNECT:2:$port,connect-timeout=5 - && echo $port; done");
+    let output = pod.exec(&[], &["sh", "-c", &script]);
+    assert_eq!(output.stdout, "", "{output:?}");
+    assert_eq!(output.stderr.matches("Connection reset by peer").count(), 17, "{output:?}");
+    assert_eq!(pod.exec(&[], &["echo", "still there"]).stdout, "still there\n");
 }

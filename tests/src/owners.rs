@@ -87,6 +87,21 @@ fn root_of_two_tenants_is_two_strangers_on_the_host() {
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", shared.0);
     let output = run_pod(&["--runtime-config-path", &config, "--mount", &mount], &["touch", "/data/acme"]);
     assert_eq!((output.code, shared.owner("acme")), (0, "500000:500000:644".into()), "{output:?}");
+    // A link below a mapped folder leads to no more rights.
+    shell(&format!("ln -s /etc {}/link", shared.0));
+    let mount = format!("type=bind,src={}/link,dst=/data,options=rbind:rw", shared.0);
+    let output = run_pod(&["--runtime-config-path", &config, "--mount", &mount], &["touch", "/data/evil"]);
+    assert!(output.code != 0 && output.stderr.contains("Permission denied") && !std::path::Path::new("/etc/evil").exists(), "{output:?}");
+    // Not every file system can have its owners mapped; one below suffices for the kernel to refuse all.
+    shell("mkdir -p /mnt/mixed && mount -t tmpfs t /mnt/mixed && mkdir /mnt/mixed/proc && mount -t proc p /mnt/mixed/proc");
+    let output = run_pod(
+        &["--runtime-config-path", &config, "--mount", "type=bind,src=/mnt/mixed,dst=/data,options=rbind:ro"],
+        &["stat", "-c", "%u", "/data", "/data/proc/sys"],
+    );
+    shell("umount -R /mnt/mixed");
+    assert_eq!((output.code, output.stdout.as_str()), (0, "0\n65534\n"), "{output:?}");
+    let output = run_pod(&["--runtime-config-path", &config, "--user", "70000"], &["true"]);
+    assert!(output.code != 0 && output.stderr.contains("user or group 70000"), "{output:?}");
     std::fs::remove_file(&config).unwrap();
     let refused = run_pod(&["--runtime-config-path", &config], &["true"]);
     assert!(refused.code != 0 && refused.stderr.contains(&format!("read configuration {config}")), "{refused:?}");

@@ -62,13 +62,13 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
         "figures": figures.iter().map(|(name, values)| (name.clone(), serde_json::json!({"median": median(values), "min": values.first(), "max": values.last(), "unit": unit(name)}))).collect::<BTreeMap<_, _>>(),
         "ratios": ratios(&figures).into_iter().collect::<BTreeMap<_, _>>(),
     });
-    let path = args.json.clone().unwrap_or(build::source_dir()?.join(if args.counted {
-        "target/bench-counted.json"
-    } else {
-        "target/bench.json"
-    }));
-    std::fs::write(&path, serde_json::to_string_pretty(&json)?).with_context(|| format!("write {}", path.display()))?;
-    println!("\n{}", path.display());
+    let text = serde_json::to_string_pretty(&json)?;
+    println!("\n{text}");
+    // Those of each revision stay, to be compared.
+    let name = format!("target/bench{}-{revision}.json", if args.counted { "-counted" } else { "" });
+    let path = args.json.clone().unwrap_or(build::source_dir()?.join(name));
+    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    eprintln!("{}", path.display());
     Ok(code)
 }
 

@@ -1,6 +1,7 @@
-//! `cargo xtask build`: the release artefacts, in `target/caisson/{bin,libexec,share}`.
+//! `cargo xtask build`: the release artefacts, in `target/caisson/{bin,share}`.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use caisson_guest_kernel as guest_kernel;
@@ -17,8 +18,17 @@ pub fn source_dir() -> Result<PathBuf> {
     Ok(Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("find the source tree")?.to_owned())
 }
 
-/// Builds everything and returns `target/caisson`.
+/// Builds everything, once in this process, and returns `target/caisson`.
 pub fn all() -> Result<PathBuf> {
+    static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if built.is_none() {
+        *built = Some(build()?);
+    }
+    built.clone().context("find what was built")
+}
+
+fn build() -> Result<PathBuf> {
     let sh = Shell::new()?;
     let top = source_dir()?;
     sh.change_dir(&top);

@@ -15,11 +15,11 @@ const MAX_FUNCTION: usize = 90;
 const LAYERS: &[(&str, &[&str])] = &[
     ("protocol", &[]),
     ("sys", &[]),
-    ("host", &["caisson-protocol"]),
+    ("host", &["caisson-protocol", "caisson-sys"]),
     ("vmm", &["caisson-protocol", "caisson-host"]),
     ("fs", &["caisson-protocol", "caisson-host"]),
     ("shim", &["caisson-protocol", "caisson-sys", "caisson-host"]),
-    ("ctl", &["caisson-protocol", "caisson-host"]),
+    ("ctl", &["caisson-protocol", "caisson-sys", "caisson-host"]),
     ("agent", &["caisson-protocol", "caisson-sys"]),
     ("guest-kernel", &[]),
     ("image-builder", &[]),

@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 use super::netns::Netns;
 use super::steer::{Steering, steer};
 use crate::sandbox::Sandbox;
+use crate::stdio::stream_port;
 use crate::vmm::StreamState;
 
 /// Connections at a time; more wait to be accepted.
@@ -92,7 +93,7 @@ async fn carry(sandbox: &Sandbox, connection: TcpStream) -> Result<()> {
     let target = connection.local_addr().context("ask where it goes to")?;
     let connection = OwnedFd::from(connection.into_std().context("hand it over")?);
     let ours = connection.try_clone().context("keep it")?;
-    let port = sandbox.next_port();
+    let port = stream_port()?;
     let mut state = sandbox.vmm.offer(Offer { port, ends: Ends::Duplex }, &[connection]).await?;
     if let Err(error) = sandbox.agent.forward(target, port).await {
         // Nobody listens: the caller is to see a reset, not an answer that happens to be empty.

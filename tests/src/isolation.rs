@@ -1,0 +1,57 @@
+//! What a pod's processes on the host may do: no more than they need.
+
+use crate::Test;
+use crate::ctr::{Pod, shell};
+
+pub const TESTS: &[Test] =
+    &[("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need)];
+
+/// Numbers of capabilities (capabilities(7)).
+const SYS_ADMIN: u32 = 21;
+const DANGEROUS: [(&str, u32); 5] = [("NET_RAW", 13), ("SYS_MODULE", 16), ("SYS_RAWIO", 17), ("SYS_BOOT", 22), ("SYS_TIME", 25)];
+
+/// A field of a process's status.
+fn status(pid: u32, field: &str) -> String {
+    shell(&format!("sed -n 's/^{field}:\\s*//p' /proc/{pid}/status"))
+}
+
+/// Every thread's capabilities, in effect or to be had.
+fn capabilities(pid: u32) -> u64 {
+    let all = shell(&format!("cat /proc/{pid}/task/*/status | sed -n -E 's/^Cap(Eff|Prm|Inh|Bnd|Amb):\\s*//p'"));
+    all.lines().fold(0, |sum, line| sum | u64::from_str_radix(line, 16).unwrap())
+}
+
+fn a_pods_processes_have_no_rights_that_they_do_not_need() {
+    let pod = Pod::start("rights", &[], "sleep 1000");
+    let (shim, vmm, fs) = (pod.host_pid("shim"), pod.host_pid("vmm"), pod.host_pid("fs"));
+    let has = |pid, capability: u32| capabilities(pid) & (1 << capability) != 0;
+    assert!(has(shim, SYS_ADMIN));
+    for (name, capability) in DANGEROUS {
+        assert!(!has(shim, capability), "the shim has {name}");
+    }
+    // What it could have is in its own namespace.
+    assert_eq!(u64::from_str_radix(&status(vmm, "CapPrm"), 16).unwrap(), 0);
+    // chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap
+    assert_eq!(capabilities(fs), 0x8800_00db);
+    for pid in [vmm, fs] {
+        assert_eq!((status(pid, "NoNewPrivs"), status(pid, "Seccomp")), ("1".into(), "2".into()));
+        for namespace in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+            let link = |pid: &str| shell(&format!("readlink /proc/{pid}/ns/{namespace}"));
+            assert_ne!(link(&pid.to_string()), link("self"), "{namespace}");
+        }
+        let sockets = shell(&format!("cat /proc/{pid}/limits | grep 'core file' | tr -s ' '"));
+        assert_eq!(sockets, "Max core file size 0 0 bytes");
+    }
+    assert_ne!(status(vmm, "Uid").split_whitespace().next(), Some("0"));
+    assert_ne!(shell(&format!("readlink /proc/{vmm}/ns/user")), shell("readlink /proc/self/ns/user"));
+    // Its root has nothing in it, and nothing can be put there.
+    assert_eq!(shell(&format!("ls -A /proc/{vmm}/root/")), "");
+    assert!(shell(&format!("touch /proc/{vmm}/root/file 2>&1; :")).contains("Read-only file system"));
+    // The share shows files without the folders that keep others of the host from them.
+    let folder = format!("/run/caisson/default/{}", pod.id);
+    let listed = shell(&format!("setpriv --reuid 65534 --regid 65534 --clear-groups ls {folder} 2>&1; :"));
+    assert!(listed.contains("Permission denied"), "{listed}");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let root = mounts.lines().find(|line| line.contains(&format!("{folder}/share/{}/rootfs ", pod.id))).unwrap();
+    assert!(root.contains("nosuid,nodev"), "{root}");
+}
