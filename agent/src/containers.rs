@@ -15,7 +15,7 @@ use crate::init::{bundle_dir, process_file, spec_file};
 use crate::names::check_id;
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
-use crate::{devices, share, sys, volumes};
+use crate::{devices, memory_volumes, share, sys, volumes};
 
 /// A request that cannot be served; the service maps it to a ttrpc code.
 #[derive(Debug, thiserror::Error)]
@@ -118,7 +118,7 @@ impl Containers {
     ///
     /// Mounts within its volumes are found first. Returns that process's id.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, Error> {
-        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, huge_page_volumes, .. } = request;
+        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, memory_volumes, .. } = request;
         let (id, stdio) = (id.as_str(), stdio.unwrap_or_default());
         check_id(id)?;
         let process = self.insert(id, "", stdio.clone())?;
@@ -128,7 +128,7 @@ impl Containers {
             let spec = prepare_bundle(&container, &spec)?;
             inner_mounts.iter().for_each(|path| find_mount(path));
             huge_pages.reserve(&container, huge_page_bytes)?;
-            huge_page_volumes.iter().try_for_each(|name| huge_pages.mount_volume(name))?;
+            memory_volumes.iter().try_for_each(memory_volumes::make)?;
             let cgroup = Cgroup::of(&container);
             cgroup.create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
             devices::restrict(&cgroup, &spec)?;

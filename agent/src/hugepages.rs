@@ -2,12 +2,9 @@
 //! (Linux `Documentation/admin-guide/mm/hugetlbpage.rst`).
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, bail, ensure};
-use caisson_protocol::guest::HUGE_PAGES_DIR;
-use nix::mount::{MsFlags, mount};
+use anyhow::{Context, Result, bail};
 
 const BYTES: u64 = 2 << 20;
 const COUNT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
@@ -35,25 +32,6 @@ impl HugePages {
             bail!("set {pages} huge pages of 2 MiB aside: the guest has {} left", pages - (wanted - has).min(pages));
         }
         Ok(())
-    }
-
-    /// Mounts a volume of huge pages that the pod's containers share; it may be there.
-    ///
-    /// # Errors
-    /// When `name` is no plain name, or the mount fails.
-    pub fn mount_volume(&self, name: &str) -> Result<()> {
-        let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric());
-        ensure!(plain, "volume of huge pages {name:?}: it is no plain name");
-        // One at a time: what is there is mounted.
-        let _turn = self.0.lock();
-        let target = Path::new(HUGE_PAGES_DIR).join(name);
-        if target.exists() {
-            return Ok(());
-        }
-        std::fs::create_dir_all(&target).context("create a volume of huge pages")?;
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        let mounted = mount(Some("hugetlbfs"), &target, Some("hugetlbfs"), flags, Some("pagesize=2M,mode=0777"));
-        mounted.inspect_err(|_| drop(std::fs::remove_dir(&target))).context("mount a volume of huge pages")
     }
 
     /// Gives a container's pages back.

@@ -13,6 +13,7 @@ mod disks;
 mod hugepages;
 mod init;
 mod machine;
+mod memory_volumes;
 mod names;
 mod network;
 mod process;

@@ -43,8 +43,8 @@ pub const VOLUME_STATE: &str = "..data";
 /// Where the guest mounts disks with file systems, by container and by name.
 pub const DISKS_DIR: &str = "/run/caisson/disks";
 
-/// Where the guest mounts volumes of huge pages, which are memory and so its own.
-pub const HUGE_PAGES_DIR: &str = "/run/caisson/hugepages";
+/// Where the guest mounts volumes of memory, which is its own.
+pub const MEMORY_DIR: &str = "/run/caisson/memory";
 
 /// The program of a container that only holds a pod's namespaces; the agent itself does what it does.
 pub const PAUSE: &str = "/pause";

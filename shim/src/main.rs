@@ -25,6 +25,7 @@ mod idmap;
 mod info;
 mod logger;
 mod machine;
+mod memory_volumes;
 mod mounts;
 mod network;
 mod pod;

@@ -211,19 +211,35 @@ fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>
 /// When the kernel's list cannot be read.
 pub fn below(folder: &Path) -> Result<Vec<PathBuf>> {
     let points = points()?;
-    let below = points.into_iter().filter_map(|point| Some(point.strip_prefix(folder).ok()?.to_owned()));
+    let below = points.into_iter().filter_map(|point| Some(point.path.strip_prefix(folder).ok()?.to_owned()));
     Ok(below.filter(|path| !path.as_os_str().is_empty()).collect())
 }
 
-/// All mount points of this namespace, in the order that they were mounted over one another.
+/// A mount of this namespace (proc(5), "mountinfo").
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Point {
+    /// Numbers of the file system's device.
+    pub device: String,
+    /// The folder of the file system that is mounted.
+    pub root: PathBuf,
+    /// Where.
+    pub path: PathBuf,
+}
+
+/// All mounts of this namespace, in the order that they were mounted over one another.
 ///
 /// # Errors
 /// When the kernel's list cannot be read.
-pub fn points() -> Result<Vec<PathBuf>> {
+pub fn points() -> Result<Vec<Point>> {
     // Any byte but a few may be in a path.
     let mounts = std::fs::read("/proc/self/mountinfo").context("read the mounts")?;
-    let points = mounts.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-    Ok(points.map(|point| PathBuf::from(OsString::from_vec(unescape(point)))).collect())
+    let path = |field: &[u8]| PathBuf::from(OsString::from_vec(unescape(field)));
+    let point = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(2);
+        let device = String::from_utf8_lossy(fields.next()?).into_owned();
+        Some(Point { device, root: path(fields.next()?), path: path(fields.next()?) })
+    };
+    Ok(mounts.split(|byte| *byte == b'\n').filter_map(point).collect())
 }
 
 /// The kernel writes blanks and backslashes in mountinfo in octal.

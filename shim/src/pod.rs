@@ -179,7 +179,7 @@ impl Pod {
     }
 
     async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
-        let GuestSpec { mut spec, binds, huge_page_volumes } =
+        let GuestSpec { mut spec, binds, memory_volumes } =
             request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
         check_ids(request.id, &spec, &machine.config)?;
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
@@ -208,7 +208,7 @@ impl Pod {
             stdio: MessageField::some(ports),
             inner_mounts,
             huge_page_bytes: limits.huge_pages,
-            huge_page_volumes,
+            memory_volumes,
             ..CreateContainerRequest::default()
         };
         let guest_pid = match sandbox.agent.create_container(create).await {

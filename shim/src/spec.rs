@@ -3,17 +3,18 @@
 //! It is handled as JSON, not as a type of ours: what we do not know passes through to the agent.
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use caisson_protocol::agent::MemoryVolume;
 use caisson_protocol::config::HostNamespaces;
-use caisson_protocol::guest::{HUGE_PAGES_DIR, MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
+use caisson_protocol::guest::{MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
 use serde_json::{Map, Value, json};
 
 use crate::cri::PodFile;
 use crate::errors::{self, Error};
 use crate::idmap::IdMap;
+use crate::memory_volumes;
 use crate::mounts::{Follow, How, ReadOnly};
 use crate::size::Limits;
 
@@ -38,14 +39,14 @@ pub struct Bind {
 pub struct Spec(Value);
 
 /// A specification as the guest gets it, and what it takes to honour it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub struct GuestSpec {
     /// `config.json`.
     pub spec: Value,
     /// What is bound into the share.
     pub binds: Vec<Bind>,
-    /// Volumes of huge pages, which the guest makes of its own memory.
-    pub huge_page_volumes: Vec<String>,
+    /// Volumes that the guest makes of its own memory.
+    pub memory_volumes: Vec<MemoryVolume>,
 }
 
 /// What a container is to its pod.
@@ -199,15 +200,15 @@ impl Spec {
         let mut spec = self.0.clone();
         let place = format!("{SHARE_DIR}/{container}");
         spec["root"]["path"] = json!(format!("{place}/{ROOTFS_DIR}"));
-        let (mut binds, mut huge_page_volumes) = (Vec::new(), Vec::new());
+        let (mut binds, mut of_memory) = (Vec::new(), Vec::new());
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
             if self.is_pod_shm(mount) {
                 mount["source"] = json!(SHM_DIR);
                 mount["type"] = json!("bind");
-            } else if let Some(name) = huge_page_volume(mount) {
-                mount["source"] = json!(format!("{HUGE_PAGES_DIR}/{name}"));
+            } else if let Some(volume) = memory_volumes::of(mount) {
+                mount["source"] = json!(memory_volumes::place(&volume));
                 mount["type"] = json!("bind");
-                huge_page_volumes.push(name);
+                of_memory.push(volume);
             } else if let Some(bind) =
                 host_bind(mount, binds.len()).map_err(|error| Error::Invalid(format!("container {container}: {error:#}")))?
             {
@@ -222,7 +223,7 @@ impl Spec {
         }
         spec["linux"]["namespaces"] = self.guest_namespaces(container, host, siblings)?.into();
         drop_unsupported(&mut spec, container);
-        Ok(GuestSpec { spec, binds, huge_page_volumes })
+        Ok(GuestSpec { spec, binds, memory_volumes: of_memory })
     }
 
     fn lacks_namespace(&self, kind: &str) -> bool {
@@ -304,16 +305,6 @@ fn add_pod_files(spec: &mut Value, files: &[PodFile]) {
 fn process_namespace(path: &str) -> Option<(u32, &str)> {
     let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
     (!file.contains('/')).then_some((pid.parse().ok()?, file))
-}
-
-/// The guest's name for a volume of huge pages, which kubelet mounts on the host: containers that have
-/// the same one share it.
-fn huge_page_volume(mount: &Value) -> Option<String> {
-    let source = mount["source"].as_str().filter(|source| source.starts_with('/'))?;
-    let is_one = nix::sys::statfs::statfs(source).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC);
-    let mut hasher = DefaultHasher::new();
-    source.hash(&mut hasher);
-    is_one.then(|| format!("{:016x}", hasher.finish()))
 }
 
 /// The bind mount of a host path that a mount entry asks for.

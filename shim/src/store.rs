@@ -171,7 +171,8 @@ fn kill(process: &ProcessRecord) {
 /// # Errors
 /// When a mount does not come off.
 pub fn unmount_below(dir: &Path) -> Result<()> {
-    let mut points: Vec<PathBuf> = mounts::points()?.into_iter().filter(|point| point.starts_with(dir)).collect();
+    let points = mounts::points()?.into_iter().map(|point| point.path);
+    let mut points: Vec<PathBuf> = points.filter(|point| point.starts_with(dir)).collect();
     points.reverse();
     for point in points {
         match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {

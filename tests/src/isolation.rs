@@ -1,10 +1,17 @@
 //! What a pod's processes on the host may do: no more than they need.
 
 use crate::Test;
-use crate::ctr::{Pod, shell};
+use crate::ctr::{Pod, ctr_ok, id, shell};
+use crate::host::{Inventory, assert_nothing_left};
 
 pub const TESTS: &[Test] =
     &[("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need)];
+
+pub const ALONE: &[Test] =
+    &[("a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed", a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed)];
+
+/// What a process of the host may hold of its own memory, whatever its pod does, in KiB.
+const MOST_MEMORY: u64 = 64 << 10;
 
 /// Numbers of capabilities (capabilities(7)).
 const SYS_ADMIN: u32 = 21;
@@ -54,4 +61,30 @@ fn a_pods_processes_have_no_rights_that_they_do_not_need() {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let root = mounts.lines().find(|line| line.contains(&format!("{folder}/share/{}/rootfs ", pod.id))).unwrap();
     assert!(root.contains("nosuid,nodev"), "{root}");
+}
+
+fn a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed() {
+    let before = Inventory::take();
+    {
+        let neighbour = Pod::start("neighbour", &[], "sleep 1000");
+        // A logger that says that it is ready and never reads.
+        let logger = format!("/tmp/{}", id("logger"));
+        shell(&format!("printf '#!/bin/sh\\nexec 5>&-\\nexec sleep 999\\n' > {logger} && chmod 755 {logger}"));
+        let script = "yes & yes >&2 & tail /dev/zero & bomb() { bomb | bomb & }; bomb; \
+                      while :; do mkdir -p /tmp/a/b/c; mv /tmp/a /tmp/d; rm -r /tmp/d; done";
+        let worst = Pod::start("worst", &["--log-uri", &format!("binary://{logger}"), "--memory-limit", "67108864"], script);
+        for _ in 0..5 {
+            assert_eq!(neighbour.exec(&[], &["echo", "alive"]).stdout, "alive\n");
+            for role in ["shim", "vmm", "fs"] {
+                let memory = status(worst.host_pid(role), "RssAnon");
+                let memory: u64 = memory.trim_end_matches(" kB").parse().unwrap();
+                assert!(memory < MOST_MEMORY, "{role} has {memory} KiB");
+            }
+        }
+        ctr_ok(&["task", "kill", "--signal", "SIGKILL", &worst.id]);
+        worst.wait_for("STOPPED");
+        assert_eq!(worst.delete(), 137);
+        shell(&format!("pkill -f '^sleep 999'; rm {logger}"));
+    }
+    assert_nothing_left(&before);
 }

@@ -92,6 +92,7 @@ fn main() {
         trials(
             &[
                 leaks::TESTS,
+                isolation::ALONE,
                 faults::ALONE,
                 owners::ALONE,
                 pods::ALONE,

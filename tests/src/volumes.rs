@@ -1,6 +1,6 @@
 //! What containers see of the host's folders, and what stays of them on the host.
 
-use k8s_cri::v1::Mount;
+use k8s_cri::v1::{Mount, StartContainerRequest};
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP};
@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
     ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
     ("sockets_of_the_host_are_refused_or_dead", sockets_of_the_host_are_refused_or_dead),
+    ("a_memory_volume_is_the_guests_and_shared_by_its_containers", a_memory_volume_is_the_guests_and_shared_by_its_containers),
 ];
 
 pub const ALONE: &[Test] = &[("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host)];
@@ -214,4 +215,36 @@ fn sockets_of_the_host_are_refused_or_dead() {
     let _settings = Config::set("[fs]\ndead_sockets = true\n");
     let bound = run_pod(&["--mount", mount], &["test", "-S", "/the.sock"]);
     assert_eq!(bound.code, 0, "{bound:?}");
+}
+
+fn a_memory_volume_is_the_guests_and_shared_by_its_containers() {
+    // As kubelet mounts them: the volume, and a folder of it for a container that wants only that.
+    let kubelet = format!("/tmp/{}", id("kubelet"));
+    let (volume, part) = (format!("{kubelet}/volumes/kubernetes.io~empty-dir/cache"), format!("{kubelet}/volume-subpaths/cache/second/0"));
+    shell(&format!(
+        "mkdir -p {volume} {part} && mount -t tmpfs -o size=8m,mode=2770,gid=2000 tmpfs {volume} && mkdir -p {volume}/a/b && mount --bind {volume}/a/b {part}"
+    ));
+    {
+        let mut pod = Pod::start(|_| ());
+        let with = |place: &str, host: &str| vec![Mount { container_path: place.into(), host_path: host.into(), ..Mount::default() }];
+        let first = pod.run("first", SLEEP, |config| config.mounts = with("/cache", &volume));
+        assert_eq!(pod.output(&first, "stat -c %u:%g:%a /cache; df -k /cache | awk 'NR == 2 {print $2}'"), "0:2000:2770\n8192");
+        let second = pod.run("second", SLEEP, |config| config.mounts = with("/part", &part));
+        pod.output(&first, "echo shared > /cache/a/b/file");
+        assert_eq!(pod.output(&second, "cat /part/file"), "shared");
+        // It counts for who fills it, and is full when it is.
+        assert_ne!(pod.exec(&first, "dd if=/dev/zero of=/cache/fill bs=1M count=9 2> /dev/null").exit_code, 0);
+        let counted: u64 = pod.output(&first, "awk '$1 == \"shmem\" {print $2}' /sys/fs/cgroup/memory.stat").parse().unwrap();
+        assert!(counted > 7 << 20, "{counted}");
+        assert_eq!(shell(&format!("find {volume} -type f")), "");
+        // A container that comes again finds it, and a link that was put there leads nobody out.
+        pod.remove(&first);
+        let third = pod.run("third", SLEEP, |config| config.mounts = with("/cache", &volume));
+        pod.output(&third, "test -s /cache/fill && rm -r /cache/a && ln -s / /cache/a");
+        let fourth = pod.create("fourth", SLEEP, |config| config.mounts = with("/part", &part)).unwrap();
+        let start = StartContainerRequest { container_id: fourth };
+        let refused = pod.cri.call(|client| client.start_container(start)).unwrap_err();
+        assert!(refused.message().contains("folder \"a/b\" of a memory volume"), "{refused:?}");
+    }
+    shell(&format!("umount {part} {volume} && rm -r {kubelet}"));
 }
