@@ -153,6 +153,8 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_outside() {
         let container = pod.run("mapped", SLEEP, |config| config.mounts = vec![volume]);
         assert_eq!(pod.output(&container, "tr -s ' ' < /proc/self/uid_map"), format!("0 {FIRST} 65536"), "{handler}");
         assert_eq!(pod.output(&container, "id -u; touch /made && stat -c %u:%g /made /bin/busybox"), "0\n0:0\n0:0", "{handler}");
+        // Streams are its own to open again.
+        pod.output(&container, "echo x > /proc/self/fd/1; echo y > /dev/stderr");
         // Its root is the volume's, on disk as in the pod, and the image's.
         pod.output(&container, &format!("cat /data/old && echo after > /data/{handler} && chown 7:8 /data/{handler}"));
         assert_eq!(shell(&format!("stat -c %u:%g {folder}/{handler}")), "7:8", "{handler}");

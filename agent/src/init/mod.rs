@@ -30,7 +30,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{ForkResult, Pid, fork};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxIdMapping, Process, Spec};
 use serde::{Deserialize, Serialize};
 
 pub use self::mounts::flags_and_data;
@@ -139,6 +139,7 @@ fn create(id: &str, agent: &Agent) -> Result<()> {
     Cgroup::of(id).enter()?;
     identity::set_limits(process)?;
     rootfs::set_network_sysctls(&spec)?;
+    terminal::give_streams(guests_id(&spec, process.user().uid()))?;
     namespaces::make(&spec, || {
         agent.report(&Report::MapUsers, None)?;
         ensure!(agent.wait()?, "the user namespace was not mapped");
@@ -162,11 +163,23 @@ fn execute(id: &str, exec: &str, target: Pid, agent: &Agent) -> Result<()> {
         .context("read the exec's process")?;
     Cgroup::of(id).enter()?;
     identity::set_limits(&process)?;
+    terminal::give_streams(guests_id(&spec, process.user().uid()))?;
     namespaces::join(&spec, target)?;
     in_child(agent, || {
         let console = wanted_terminal(&process)?;
         finish(id, &process, &spec, console, agent, false)
     })
+}
+
+/// The guest's id of a user of the container: another one when that has users of its own. What is to be theirs is
+/// given to them before, as within their namespace nobody owns it.
+fn guests_id(spec: &Spec, user: u32) -> u32 {
+    let mappings = spec.linux().as_ref().and_then(|linux| linux.uid_mappings().as_ref()).map(Vec::as_slice).unwrap_or_default();
+    let mapped = |range: &LinuxIdMapping| {
+        let offset = user.checked_sub(range.container_id()).filter(|offset| *offset < range.size())?;
+        range.host_id().checked_add(offset)
+    };
+    mappings.iter().find_map(mapped).unwrap_or(user)
 }
 
 fn wanted_terminal(process: &Process) -> Result<Option<terminal::Terminal>> {
