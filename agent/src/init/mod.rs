@@ -211,6 +211,9 @@ fn finish(id: &str, process: &Process, spec: &Spec, console: Option<terminal::Te
     let master = console.map(|console| console.attach(process)).transpose()?;
     agent.report(&Report::Ready, master.as_ref())?;
     drop(master);
+    if !program::is_pause(process, spec) {
+        program::read_ahead(process);
+    }
     if !agent.wait()? {
         // Deleted before it was started.
         return Ok(());

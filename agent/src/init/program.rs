@@ -6,8 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use caisson_protocol::guest::{PAUSE, POD_ANNOTATIONS};
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{chdir, execve};
 use oci_spec::runtime::{Process, Spec};
@@ -19,6 +21,9 @@ const EXIT_CANNOT_EXECUTE: i32 = 126;
 const EXIT_NOT_FOUND: i32 = 127;
 /// Where programs are looked for when the environment does not say (execvp(3)).
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
+/// What of a program is read before it starts, in bytes, and how much the kernel reads ahead at a time.
+const READ_AHEAD: i64 = 2 << 20;
+const READ_AT_ONCE: usize = 128 << 10;
 /// A larger /etc/passwd is not read for a home folder.
 const MAX_PASSWD: u64 = 1 << 20;
 
@@ -95,6 +100,20 @@ pub fn enter_folder(process: &Process) -> Result<()> {
     let cwd = process.cwd();
     chdir(if cwd.as_os_str().is_empty() { Path::new("/") } else { cwd })
         .with_context(|| format!("enter the working folder {}", cwd.display()))
+}
+
+/// Has the kernel read the program's beginning from the share while nobody waits for it.
+pub fn read_ahead(process: &Process) {
+    let path = process.env().iter().flatten().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    let name = process.args().iter().flatten().next().and_then(|name| CString::new(name.as_str()).ok());
+    let candidates = name.map(|name| candidates(&name, path)).unwrap_or_default();
+    // What is at the path may be anything, and whether it is there is for its start to say.
+    let open =
+        |path: &CString| nix::fcntl::open(path.as_c_str(), OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()).ok();
+    let Some(program) = candidates.iter().find_map(open) else { return };
+    for start in (0..READ_AHEAD).step_by(READ_AT_ONCE) {
+        let _ = posix_fadvise(&program, start, READ_AT_ONCE as i64, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    }
 }
 
 /// Becomes the process's program.
