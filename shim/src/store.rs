@@ -33,7 +33,7 @@ impl Store {
         let run_dir = real(run_dir);
         let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
         // What is mounted in it shows files without the folders that keep others of the host from them.
-        let make = || DirBuilder::new().recursive(true).mode(0o700).create(&dir).and_then(|()| std::fs::create_dir(dir.join("share")));
+        let make = || DirBuilder::new().recursive(true).mode(0o700).create(&dir).and_then(|()| std::fs::create_dir_all(dir.join("share")));
         make().with_context(|| format!("create the pod's folder {}", dir.display()))?;
         write(&dir, &record)?;
         Ok(Self { run_dir, dir, record: Mutex::new(record) })
