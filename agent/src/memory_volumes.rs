@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use caisson_protocol::agent::MemoryVolume;
 use caisson_protocol::guest::MEMORY_DIR;
 use caisson_sys::mounts;
@@ -14,6 +14,8 @@ use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
 use nix::unistd::{Gid, Uid, fchownat};
+
+use crate::names::check_file_name;
 
 /// One at a time: what is there is mounted.
 static TURN: Mutex<()> = Mutex::new(());
@@ -24,7 +26,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// When a name is no plain name, a part leads out of the volume, or a mount fails.
 pub fn make(volume: &MemoryVolume) -> Result<()> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    check_name(&volume.name)?;
+    check_file_name(&volume.name).context("memory volume")?;
     let target = Path::new(MEMORY_DIR).join(&volume.name);
     if !target.exists() {
         std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
@@ -33,7 +35,7 @@ pub fn make(volume: &MemoryVolume) -> Result<()> {
     if volume.folder.is_empty() {
         return Ok(());
     }
-    check_name(&volume.folder_name)?;
+    check_file_name(&volume.folder_name).context("folder of a memory volume")?;
     let folder = open_folder(volume, &target).with_context(|| format!("open folder {:?} of a memory volume", volume.folder))?;
     // By its descriptor: containers that have all of the volume may put a link where the folder was.
     let tree = mounts::clone_mount_of(&folder.into()).context("copy the mount of a memory volume's folder")?;
@@ -42,12 +44,6 @@ pub fn make(volume: &MemoryVolume) -> Result<()> {
     let _ = umount2(&place, MntFlags::MNT_DETACH);
     std::fs::create_dir_all(&place).with_context(|| format!("create {}", place.display()))?;
     mounts::move_mount(&tree, &place).context("mount a memory volume's folder")
-}
-
-fn check_name(name: &str) -> Result<()> {
-    let plain = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric());
-    ensure!(plain, "memory volume {name:?}: it is no plain name");
-    Ok(())
 }
 
 fn mount_volume(volume: &MemoryVolume, target: &Path) -> Result<()> {

@@ -46,8 +46,8 @@ fn a_pods_processes_have_no_rights_that_they_do_not_need() {
             let link = |pid: &str| shell(&format!("readlink /proc/{pid}/ns/{namespace}"));
             assert_ne!(link(&pid.to_string()), link("self"), "{namespace}");
         }
-        let sockets = shell(&format!("cat /proc/{pid}/limits | grep 'core file' | tr -s ' '"));
-        assert_eq!(sockets, "Max core file size 0 0 bytes");
+        let cores = shell(&format!("cat /proc/{pid}/limits | grep 'core file' | tr -s ' '"));
+        assert_eq!(cores, "Max core file size 0 0 bytes");
     }
     assert_ne!(status(vmm, "Uid").split_whitespace().next(), Some("0"));
     assert_ne!(shell(&format!("readlink /proc/{vmm}/ns/user")), shell("readlink /proc/self/ns/user"));
