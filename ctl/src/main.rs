@@ -3,6 +3,7 @@
 mod check;
 mod list;
 mod probe;
+mod security;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,7 +26,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Tell whether this host can run pods, and what to do about each miss
-    Check,
+    Check {
+        /// Tell instead what holds the processes of the pods that run, as it is
+        #[arg(long)]
+        security: bool,
+        /// With --security: as JSON, one check a line
+        #[arg(long, requires = "security")]
+        json: bool,
+    },
     /// Print the effective configuration
     Config,
     /// List the pods of this host
@@ -40,9 +48,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(&cli.command, &cli.config) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+    match run(cli.command, &cli.config) {
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("caisson: {error:#}");
             ExitCode::FAILURE
@@ -50,13 +57,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs one command; false when it found something wrong.
-fn run(command: &Command, config: &Path) -> Result<bool> {
+/// Runs one command; returns the exit code: 1 when it found something wrong.
+fn run(command: Command, config: &Path) -> Result<u8> {
+    let load = || settings::load(config);
     match command {
         Command::Version => println!("caisson {}", caisson_protocol::VERSION),
-        Command::Config => print!("{}", settings::load(config)?.to_toml()),
-        Command::List { json } => list::print(&settings::load(config)?, *json)?,
-        Command::Check => return Ok(check::print(config)),
+        Command::Config => print!("{}", load()?.to_toml()),
+        Command::List { json } => list::print(&load()?, json)?,
+        Command::Check { security: true, json } => return Ok(u8::from(!security::print(&load()?, json)?)),
+        Command::Check { .. } => return Ok(u8::from(!check::print(config))),
     }
-    Ok(true)
+    Ok(0)
 }

@@ -24,7 +24,7 @@ const RUNTIME: &[Allow] = &[
     Call(libc::SYS_getrandom),
     Call(libc::SYS_gettid),
     Call(libc::SYS_getsockopt),
-    Call(libc::SYS_ioctl),
+    CallWith(libc::SYS_ioctl, 1, &[libc::FIONBIO, libc::FIOCLEX]),
     Call(libc::SYS_madvise),
     // Guest memory and the allocator's, never executable.
     CallWith(libc::SYS_mmap, 2, &[0, 1, 3]),
@@ -32,7 +32,7 @@ const RUNTIME: &[Allow] = &[
     Call(libc::SYS_mremap),
     Call(libc::SYS_munmap),
     Call(libc::SYS_poll),
-    Call(libc::SYS_prctl),
+    CallWith(libc::SYS_prctl, 0, &[libc::PR_SET_NAME as u64, libc::PR_CAPBSET_READ as u64, libc::PR_CAP_AMBIENT as u64]),
     Call(libc::SYS_read),
     Call(libc::SYS_recvmsg),
     Call(libc::SYS_restart_syscall),
@@ -103,7 +103,8 @@ const FILES: &[Allow] = &[
     Call(libc::SYS_syncfs),
     Call(libc::SYS_umask),
     Call(libc::SYS_unlinkat),
-    Call(libc::SYS_unshare),
+    // A worker has a current folder of its own.
+    CallWith(libc::SYS_unshare, 0, &[libc::CLONE_FS as u64]),
     Call(libc::SYS_utimensat),
 ];
 

@@ -121,6 +121,8 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
 /// Serves the one conversation on `socket` until the VMM hangs up.
 fn serve(socket: OwnedFd, config: passthrough::Config, threads: usize) -> Result<()> {
     let fs = PassthroughFs::new(config).context("open the share")?;
+    // Before any thread is started: each has the filter of who starts it.
+    filter::install()?;
     let backend = VhostUserFsBackendBuilder::default()
         .set_thread_pool_size(threads)
         .build(fs)
@@ -130,7 +132,6 @@ fn serve(socket: OwnedFd, config: passthrough::Config, threads: usize) -> Result
         .map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;
     // SAFETY: the descriptor is ours and given up here; Listener owns it from now on.
     let mut listener = unsafe { Listener::from_raw_fd(socket.into_raw_fd()) };
-    filter::install()?;
     daemon.start(&mut listener).map_err(|error| anyhow::anyhow!("take the VMM's connection: {error}"))?;
     drop(listener);
     // However the conversation ends, the VMM is gone and so is the reason to live.

@@ -9,7 +9,7 @@
 //!
 //! The child is adopted by the shim, which is a child subreaper. Seccomp comes last and by thread:
 //! see [`crate::seccomp`].
-#![expect(unsafe_code, reason = "fork, capset and close_range have no safe wrapper")]
+#![expect(unsafe_code, reason = "fork and close_range have no safe wrapper")]
 
 use std::io::{self, Read, Write};
 use std::ops::Range;
@@ -24,6 +24,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Gid, Pid, Uid, chdir, fchdir, fork, pivot_root, setgroups, setresgid, setresuid};
 
 use crate::control::CONTROL_FD;
+use crate::rights;
 
 /// A step of building the jail that failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,16 +62,8 @@ pub enum Jail {
     },
 }
 
-/// What a file server needs to act for any user of the share (capabilities(7)).
-const FILE_SERVER_CAPS: &[u32] = &[CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID, CAP_SETGID, CAP_SETUID, CAP_MKNOD, CAP_SETFCAP];
-const CAP_CHOWN: u32 = 0;
-const CAP_DAC_OVERRIDE: u32 = 1;
-const CAP_FOWNER: u32 = 3;
-const CAP_FSETID: u32 = 4;
-const CAP_SETGID: u32 = 6;
-const CAP_SETUID: u32 = 7;
-const CAP_MKNOD: u32 = 27;
-const CAP_SETFCAP: u32 = 31;
+/// Threads of the machine's monitor: of its vCPUs, its disks' queues, and a few more.
+const MAX_THREADS: u64 = 512;
 
 /// Which process goes on after [`Jail::unshare`].
 pub enum Side {
@@ -123,8 +116,13 @@ impl Inside {
                 mount(Some("empty"), "/proc", Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555")).step("mount the empty root")?;
                 chdir("/proc").step("enter the empty root")?;
                 pivot_here()?;
+                // While it is somebody who may.
+                rights::bound(&[]).step("lower the capability bounding set")?;
                 become_user(id)?;
-                limit_capabilities(&[])?;
+                rights::keep_only(&[]).step("give up capabilities")?;
+                for (resource, limit) in [(Resource::RLIMIT_NPROC, MAX_THREADS), (Resource::RLIMIT_MEMLOCK, 0)] {
+                    setrlimit(resource, limit, limit).step("limit what it may use")?;
+                }
             }
             Jail::CurrentFolder { ids } => {
                 // Slave, not private: what the shim mounts into the share later must appear here.
@@ -142,7 +140,7 @@ impl Inside {
                 if ids.is_some() {
                     become_user(0)?;
                 }
-                limit_capabilities(FILE_SERVER_CAPS)?;
+                rights::keep_only(rights::FILE_SERVER).step("give up capabilities")?;
             }
         }
         setrlimit(Resource::RLIMIT_CORE, 0, 0).step("forbid core dumps")?;
@@ -201,53 +199,6 @@ fn pivot_here() -> Result<(), JailError> {
     pivot_root(".", ".").step("pivot into the root")?;
     umount2(".", MntFlags::MNT_DETACH).step("detach the old root")?;
     chdir(Path::new("/")).step("enter the root")
-}
-
-/// `_LINUX_CAPABILITY_VERSION_3` of capget(2).
-const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-/// One more than the highest capability that any kernel knows.
-const CAPABILITIES: u32 = 64;
-
-#[repr(C)]
-struct CapHeader {
-    version: u32,
-    pid: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct CapData {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
-/// Drops every capability that is not in `keep` from the bounding, permitted and effective sets.
-fn limit_capabilities(keep: &[u32]) -> Result<(), JailError> {
-    for cap in (0..CAPABILITIES).filter(|cap| !keep.contains(cap)) {
-        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory of ours.
-        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(cap), 0, 0, 0) };
-        if result != 0 {
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                // Beyond the last capability of this kernel.
-                Some(libc::EINVAL) => break,
-                // Without CAP_SETPCAP the set cannot be lowered; no_new_privs makes it moot.
-                Some(libc::EPERM) if keep.is_empty() => break,
-                _ => return Err(error).step("lower the capability bounding set"),
-            }
-        }
-    }
-    let mut data = [CapData::default(); 2];
-    for cap in keep {
-        let word = &mut data[(cap / 32) as usize];
-        word.permitted |= 1 << (cap % 32);
-        word.effective |= 1 << (cap % 32);
-    }
-    let header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
-    // SAFETY: header and data have the layout of capset(2), version 3, and live through the call.
-    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()).step("drop capabilities") }
 }
 
 /// Has a jailed process, whose standard error nobody sees, hand a panic's place and message in one

@@ -2,6 +2,7 @@
 //!
 //! * [`control`]: messages with file descriptors between two of our processes;
 //! * [`jail`]: namespaces, an empty or given root, a user id, no capabilities;
+//! * [`rights`]: what of root's rights each process keeps;
 //! * [`seccomp`]: system call filters, one for each thread role;
 //! * [`settings`]: reads the configuration's files;
 //! * [`records`]: reads and writes what pods keep on disk.
@@ -9,5 +10,6 @@
 pub mod control;
 pub mod jail;
 pub mod records;
+pub mod rights;
 pub mod seccomp;
 pub mod settings;

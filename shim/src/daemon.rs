@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use caisson_host::control::Control;
+use caisson_host::rights;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use futures::stream::unfold;
@@ -22,7 +23,6 @@ use crate::events::Events;
 use crate::flags::Flags;
 use crate::machine::Name;
 use crate::pod::Pod;
-use crate::privileges;
 use crate::sandboxer::SandboxService;
 use crate::service::TaskService;
 
@@ -42,7 +42,7 @@ pub fn serve(flags: Flags) -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true).context("become the reaper of the pod's processes")?;
     let level = if flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
     crate::logger::init(Path::new("."), &flags.namespace, &flags.id, level);
-    privileges::narrow()?;
+    rights::keep_only(rights::SHIM).context("give up capabilities")?;
     // A file server that is not root finds its way through the folders of the share.
     umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;

@@ -7,45 +7,10 @@
 //! -info   prints what the runtime supports; -v prints the version
 //! ```
 
-mod agent;
-mod bootstrap;
-mod calls;
-mod cgroup;
-mod cleanup;
-mod container;
-mod cri;
-mod daemon;
-mod disks;
-mod ending;
-mod errors;
-mod events;
-mod exits;
-mod flags;
-mod idmap;
-mod info;
-mod logger;
-mod machine;
-mod memory_volumes;
-mod mounts;
-mod network;
-mod pod;
-mod privileges;
-mod process;
-mod room;
-mod sandbox;
-mod sandboxer;
-mod service;
-mod size;
-mod spec;
-mod stats;
-mod stdio;
-mod store;
-mod vmm;
-mod volumes;
-
 use std::process::ExitCode;
 
-use crate::flags::{Action, Flags};
+use caisson_shim::flags::{Action, Flags};
+use caisson_shim::{bootstrap, cleanup, daemon, idmap, info};
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).is_some_and(|argument| argument == idmap::HOLDER) {

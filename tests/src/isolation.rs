@@ -1,14 +1,18 @@
 //! What a pod's processes on the host may do: no more than they need.
 
+use std::collections::BTreeMap;
+
 use crate::Test;
-use crate::ctr::{Pod, ctr_ok, id, shell};
+use crate::ctr::{Pod, ctr_ok, id, run, shell};
 use crate::host::{Inventory, assert_nothing_left};
 
 pub const TESTS: &[Test] =
     &[("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need)];
 
-pub const ALONE: &[Test] =
-    &[("a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed", a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed)];
+pub const ALONE: &[Test] = &[
+    ("a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed", a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed),
+    ("check_security_tells_a_process_that_is_held_from_one_that_is_not", check_security_tells_a_process_that_is_held_from_one_that_is_not),
+];
 
 /// What a process of the host may hold of its own memory, whatever its pod does, in KiB.
 const MOST_MEMORY: u64 = 64 << 10;
@@ -87,4 +91,49 @@ fn a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed() {
         shell(&format!("pkill -f '^sleep 999'; rm {logger}"));
     }
     assert_nothing_left(&before);
+}
+
+/// What `caisson check --security` says of the processes of a pod, by role and check.
+fn security_of(pod: &str) -> BTreeMap<(String, String), String> {
+    let output = run("caisson", &["check", "--security", "--json"]);
+    let findings = output.stdout.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let text = |finding: &serde_json::Value, field: &str| finding[field].as_str().unwrap().to_owned();
+    let of_pod = findings.filter(|finding| finding["pod"] == pod);
+    of_pod.map(|finding| ((text(&finding, "process"), text(&finding, "check")), text(&finding, "verdict"))).collect()
+}
+
+fn check_security_tells_a_process_that_is_held_from_one_that_is_not() {
+    let pod = Pod::start("held", &[], "sleep 1000");
+    let held = security_of(&pod.id);
+    let output = run("caisson", &["check", "--security"]);
+    assert!(output.code == 0 && output.stdout.ends_with("all hold\n"), "{output:?}");
+    // The file server is the host's root, as nothing else is configured.
+    let weak: Vec<_> = held
+        .iter()
+        .filter(|(_, verdict)| *verdict != "ok")
+        .map(|((process, check), verdict)| format!("{process} {check} {verdict}"))
+        .collect();
+    assert_eq!(weak, ["fs user weak"]);
+    // The same checks find nothing that holds a process which is only said to be a monitor.
+    let mut free = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let folder = "/run/caisson/default/free";
+    let start = shell(&format!("cut -d' ' -f22 /proc/{}/stat", free.id()));
+    std::fs::create_dir_all(folder).unwrap();
+    let change = format!(
+        "sed -E 's/\"pod\":\"[^\"]*\"/\"pod\":\"free\"/; s/\"processes\":\\[[^]]*\\]/\"processes\":[{{\"role\":\"vmm\",\"pid\":{},\"start_time\":{start}}}]/'",
+        free.id()
+    );
+    shell(&format!("{change} /run/caisson/default/{}/record.json > {folder}/record.json", pod.id));
+    let found = security_of("free");
+    let code = run("caisson", &["check", "--security"]).code;
+    free.kill().unwrap();
+    free.wait().unwrap();
+    std::fs::remove_dir_all(folder).unwrap();
+    assert_eq!(code, 1);
+    let wrong: Vec<&str> = found.iter().filter(|(_, verdict)| *verdict == "wrong").map(|((_, check), _)| check.as_str()).collect();
+    let expected =
+        ["capabilities", "environment", "guest memory", "limits", "namespaces", "new privileges", "root folder", "system calls", "user"];
+    assert!(expected.iter().all(|check| wrong.contains(check)), "{found:?}");
+    // No check of a monitor is left out of a real one.
+    assert!(found.keys().all(|check| held.contains_key(check)), "{held:?}");
 }

@@ -7,17 +7,6 @@
 //! The process opens no path: everything arrives on the control socket. It ends when the guest
 //! does, or when the control socket closes, which is how it dies with its shim.
 
-mod cpuid;
-mod devices;
-mod filters;
-mod kernel;
-mod machine;
-mod memory;
-mod mptable;
-mod panic_log;
-mod vcpu;
-mod vcpus;
-
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -26,10 +15,10 @@ use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
+use caisson_vmm::devices::io_thread::{Attached, Command};
+use caisson_vmm::machine::{BootFiles, Machine, Running};
+use caisson_vmm::{filters, machine};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-
-use crate::devices::io_thread::{Attached, Command};
-use crate::machine::{BootFiles, Machine, Running};
 
 /// Streams that a pod may have open at once take two descriptors each.
 const DESCRIPTOR_LIMIT: u64 = 8192;
@@ -60,7 +49,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
         }
         Side::Inside(inside) => inside.enter()?,
     }
-    use_one_heap();
+    filters::use_one_heap();
     end_when_asked().context("take SIGTERM")?;
     raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
     let Some((Request::Boot(config), fds)) = control.receive(true).context("receive the boot request")? else {
@@ -72,14 +61,6 @@ fn run(control: &Arc<Control>) -> Result<()> {
     control.send(&Event::Running, &[], true).context("report that the vCPUs run")?;
     filters::control()?;
     serve(control, &mut running)
-}
-
-/// Has every thread allocate from the process's one heap: the C library opens a file before it
-/// gives memory of a thread's own heap back (`overcommit_memory`), and the filters let nobody open.
-#[expect(unsafe_code, reason = "mallopt has no safe wrapper")]
-fn use_one_heap() {
-    // SAFETY: takes two numbers, and no other thread runs yet.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Ends the process on SIGTERM: containerd knows it as the pod's first process, and a namespace's

@@ -37,6 +37,8 @@ fn build() -> Result<PathBuf> {
         "busybox-static",
         "debian-archive-keyring",
         "e2fsprogs",
+        // libFuzzer is C++.
+        "g++",
         "libcap-ng-dev",
         "libseccomp-dev",
         "linux-source",

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod cache;
 mod demo;
+mod fuzz;
 mod install;
 mod interrupt;
 mod node;
@@ -45,6 +46,8 @@ enum Command {
     },
     /// Measure, and print the figures as a table and as JSON
     Bench(bench::BenchArgs),
+    /// Feed the parsers of hostile bytes with what breaks them, if anything does
+    Fuzz(fuzz::FuzzArgs),
     /// Check the house rules
     Tidy,
     /// Install Caisson below a root folder
@@ -84,6 +87,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Node(args) => node::run(&args),
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Bench(args) => bench::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Tidy => tidy::run(),
         Command::Install { root } => {
             install::into(&build::all()?, &root)?;

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: unit and property tests here, node tests in a node, one closing line.
+//! `cargo xtask test`: unit and property tests and fuzz targets here, node tests in a node, one closing line.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use xshell::{Shell, cmd};
 
 use crate::node::{self, NodeArgs};
-use crate::{build, interrupt, progress};
+use crate::{build, fuzz, interrupt, progress};
 
 /// Passed and failed.
 #[derive(Default, Clone, Copy)]
@@ -21,9 +21,34 @@ struct Tally {
 pub fn run(filter: Option<&str>) -> Result<i32> {
     build::all()?;
     let unit = unit_tests(filter)?;
+    let fuzzed = fuzz_targets(filter)?;
     let node = node_tests(filter)?;
-    println!("{} passed, {} failed", unit.passed + node.passed, unit.failed + node.failed);
-    Ok(i32::from(unit.failed + node.failed > 0))
+    let (passed, failed) = (unit.passed + fuzzed.passed + node.passed, unit.failed + fuzzed.failed + node.failed);
+    println!("{passed} passed, {failed} failed");
+    Ok(i32::from(failed > 0))
+}
+
+/// For each fuzz target; `cargo xtask fuzz` runs them for longer.
+const FUZZ_SECONDS: u32 = 5;
+
+/// The fuzz targets, from their seeds on for a short while; each counts as a test, `fuzz_` and its name.
+fn fuzz_targets(filter: Option<&str>) -> Result<Tally> {
+    let wanted = |target: &&str| filter.is_none_or(|filter| format!("fuzz_{target}").contains(filter));
+    let targets: Vec<&str> = fuzz::TARGETS.iter().copied().filter(wanted).collect();
+    let mut tally = Tally::default();
+    if targets.is_empty() {
+        return Ok(tally);
+    }
+    for target in fuzz::build_targets()?.of(&targets) {
+        match target.run(FUZZ_SECONDS) {
+            Ok(()) => tally.passed += 1,
+            Err(error) => {
+                println!("{error:#}");
+                tally.failed += 1;
+            }
+        }
+    }
+    Ok(tally)
 }
 
 /// `cargo test`, its own summary lines added up.

@@ -180,40 +180,49 @@ impl IoThread {
     }
 
     fn run(&mut self, control: &Control) -> io::Result<()> {
-        let mut events = [EpollEvent::default(); BATCH];
         loop {
             let timeout = self.report_added(control)?;
-            let count = match self.epoll.wait(timeout, &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            for event in &events[..count] {
-                match event.data() {
-                    WAKE => self.obey()?,
-                    RNG_QUEUE => self.rng.iter_mut().for_each(RngServer::serve),
-                    VSOCK_RX => self.vsock.iter().for_each(VsockServer::clear_rx_kick),
-                    VSOCK_TX => {
-                        if let Some(vsock) = &mut self.vsock {
-                            vsock.transmit(&mut self.muxer);
-                        }
+            self.turn(control, timeout)?;
+        }
+    }
+
+    /// Serves what is ready, or else what is within `timeout` milliseconds (-1: whenever it is).
+    ///
+    /// # Errors
+    /// When a descriptor cannot be watched or served, or the shim not be told.
+    pub fn turn(&mut self, control: &Control, timeout: i32) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); BATCH];
+        let count = match self.epoll.wait(timeout, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        for event in &events[..count] {
+            match event.data() {
+                WAKE => self.obey()?,
+                RNG_QUEUE => self.rng.iter_mut().for_each(RngServer::serve),
+                VSOCK_RX => self.vsock.iter().for_each(VsockServer::clear_rx_kick),
+                VSOCK_TX => {
+                    if let Some(vsock) = &mut self.vsock {
+                        vsock.transmit(&mut self.muxer);
                     }
-                    token @ NET_RX..NET_END => self.serve_net((token - NET_RX) / NET_TOKENS, (token - NET_RX) % NET_TOKENS)?,
-                    MEM_QUEUE => self.mem.iter_mut().for_each(MemServer::serve),
-                    BALLOON_REPORTS => self.balloon.iter_mut().for_each(BalloonServer::serve),
-                    token => self.muxer.ready(token),
                 }
-            }
-            if let Some(vsock) = &mut self.vsock {
-                vsock.fill(&mut self.muxer);
-            }
-            for port in self.muxer.take_opened() {
-                control.send(&Event::StreamOpened { port }, &[], true)?;
-            }
-            for port in self.muxer.take_closed() {
-                control.send(&Event::StreamClosed { port }, &[], true)?;
+                token @ NET_RX..NET_END => self.serve_net((token - NET_RX) / NET_TOKENS, (token - NET_RX) % NET_TOKENS)?,
+                MEM_QUEUE => self.mem.iter_mut().for_each(MemServer::serve),
+                BALLOON_REPORTS => self.balloon.iter_mut().for_each(BalloonServer::serve),
+                token => self.muxer.ready(token),
             }
         }
+        if let Some(vsock) = &mut self.vsock {
+            vsock.fill(&mut self.muxer);
+        }
+        for port in self.muxer.take_opened() {
+            control.send(&Event::StreamOpened { port }, &[], true)?;
+        }
+        for port in self.muxer.take_closed() {
+            control.send(&Event::StreamClosed { port }, &[], true)?;
+        }
+        Ok(())
     }
 
     fn obey(&mut self) -> io::Result<()> {

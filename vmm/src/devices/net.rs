@@ -16,7 +16,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
 
 use caisson_protocol::vmm::{NIC_HEADER, Nic};
-use virtio_queue::Writer;
+use virtio_queue::{QueueT, Writer};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::io_thread::{Command, Commands, Server};
@@ -249,8 +249,9 @@ impl NetServer {
     fn deliver(&mut self) -> bool {
         let mut buffers = Vec::new();
         let mut room = 0;
-        // First all that it takes, so that its header can say in how many buffers it is.
-        while room < self.waiting {
+        // First all that it takes, so that its header can say in how many buffers it is. What does not fit into
+        // a whole queue of them is cut off: a driver could go on with such buffers for ever.
+        while room < self.waiting && buffers.len() < usize::from(self.rx.layout().size()) {
             let Some(chain) = self.rx.next(&self.memory) else {
                 buffers.iter().for_each(|_| self.rx.put_back());
                 return false;
@@ -304,7 +305,6 @@ mod tests {
     use std::os::unix::net::UnixDatagram;
 
     use proptest::prelude::*;
-    use virtio_queue::QueueT;
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::desc::split::Descriptor;
     use virtio_queue::mock::MockSplitQueue;
@@ -384,6 +384,15 @@ mod tests {
         driver.server.receive();
         assert!(!driver.server.wants_frames());
         assert_eq!(driver.used(&driver.server.rx), 0);
+    }
+
+    #[test]
+    fn buffers_without_room_are_given_back_and_not_collected_for_ever() {
+        let mut driver = Driver::new(&[(BUFFERS, 0, WRITE); SIZE as usize], &[]);
+        driver.host.send(&[1; 40]).unwrap();
+        driver.server.receive();
+        assert_eq!(driver.used(&driver.server.rx), SIZE);
+        assert!(driver.server.wants_frames());
     }
 
     #[test]

@@ -275,7 +275,7 @@ fn transfer(file: &File, buffers: &[VolatileSlice<'_>], mut offset: i64, call: C
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use std::io::{Read, Seek, Write};
 
     use proptest::prelude::*;

@@ -1,0 +1,58 @@
+//! A guest that does as it likes with a disk's queue: no request goes beyond the disk, and a disk
+//! that is read-only stays as it is.
+#![no_main]
+
+use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use caisson_fuzz::Input;
+use caisson_fuzz::driver::{DATA, Rings, memory, scribble};
+use caisson_host::control::Control;
+use caisson_protocol::vmm::Disk;
+use caisson_vmm::devices::blk::request::{Backing, answer};
+use libfuzzer_sys::fuzz_target;
+use vm_memory::{Bytes, GuestAddress};
+
+const DISK_BYTES: u64 = 64 << 10;
+/// What lies behind the disk in its file, and must stay as it is.
+const BEHIND: [u8; 4096] = [0xa5; 4096];
+
+fuzz_target!(|data: &[u8]| {
+    let (memory, mut rings, mut input) = (memory(), Rings::new(0), Input(data));
+    let mut queue = rings.queue(&memory);
+    let fd = nix::sys::memfd::memfd_create(c"disk", nix::sys::memfd::MFdFlags::empty()).expect("a memory file");
+    let mut file = std::fs::File::from(fd);
+    file.write_all(&[1; DISK_BYTES as usize]).and_then(|()| file.write_all(&BEHIND)).expect("a memory file is written");
+    let read_only = input.u8() & 1 != 0;
+    let disk = Disk { place: 0, bytes: DISK_BYTES, block_size: 512, read_only, serial: "fuzz".into() };
+    let (_shim, control) = Control::pair().expect("a control socket");
+    let backing = Backing::new(&disk, file.try_clone().expect("a descriptor"), Arc::new(control));
+    while !input.is_empty() {
+        match input.u8() % 4 {
+            0 => scribble(&memory, &mut input),
+            1 => rings.offer_any(&memory, &mut input),
+            2 => {
+                // A request in the usual three buffers.
+                let kind = u32::from(input.u8() % 16);
+                let (sector, length, written) = (u64::from(input.u16()), u32::from(input.u16()), input.u8() & 1 != 0);
+                let header = u128::from(kind) | u128::from(sector) << 64;
+                let _ = memory.write_slice(&header.to_le_bytes(), GuestAddress(DATA));
+                let _ = memory.write_slice(input.bytes(16), GuestAddress(DATA + 0x100));
+                rings.offer(&memory, &[(DATA, 16, false), (DATA + 0x100, length, written), (DATA + 0x80, 1, true)]);
+            }
+            _ => {
+                while let Some(chain) = queue.next(&memory) {
+                    let head = chain.head_index();
+                    let written = answer(&backing, &memory, chain);
+                    queue.give_back(&memory, head, written);
+                }
+            }
+        }
+    }
+    let mut content = Vec::new();
+    file.seek(SeekFrom::Start(0)).and_then(|_| std::io::Read::read_to_end(&mut file, &mut content)).expect("a memory file is read");
+    let (disk, behind) = content.split_at(DISK_BYTES as usize);
+    assert_eq!((file.metadata().expect("a size").size(), behind), (DISK_BYTES + BEHIND.len() as u64, &BEHIND[..]), "beyond the disk");
+    assert!(!read_only || disk.iter().all(|byte| *byte == 1), "a read-only disk was written");
+});

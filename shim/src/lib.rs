@@ -1,0 +1,38 @@
+//! The shim: what `containerd-shim-caisson-v2` is made of, and what a fuzz target tries.
+//!
+//! [`bootstrap`] starts the daemon of a pod, [`daemon`] serves it, [`cleanup`] undoes it.
+
+pub mod agent;
+pub mod bootstrap;
+mod calls;
+mod cgroup;
+pub mod cleanup;
+mod container;
+mod cri;
+pub mod daemon;
+mod disks;
+mod ending;
+pub mod errors;
+mod events;
+mod exits;
+pub mod flags;
+pub mod idmap;
+pub mod info;
+mod logger;
+mod machine;
+mod memory_volumes;
+mod mounts;
+mod network;
+mod pod;
+mod process;
+mod room;
+mod sandbox;
+mod sandboxer;
+mod service;
+mod size;
+mod spec;
+pub mod stats;
+mod stdio;
+mod store;
+pub mod vmm;
+mod volumes;
