@@ -7,9 +7,9 @@ use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     Agent, AttachDiskRequest, AttachDiskResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
-    CreateContainerResponse, CreateExecRequest, DetachDiskRequest, Empty, ForwardRequest, HelloRequest, HelloResponse, PidsResponse,
-    ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse,
-    UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+    CreateContainerResponse, CreateExecRequest, DetachDiskRequest, Empty, ForwardRequest, HelloRequest, HelloResponse, KernelLogRequest,
+    KernelLogResponse, PidsResponse, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest,
+    StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
 };
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
@@ -22,7 +22,7 @@ use crate::containers::{Containers, Error, blocking};
 use crate::disks::Disks;
 use crate::machine::Machine;
 use crate::network::{self, Network};
-use crate::volumes;
+use crate::{kernel_log, processes, volumes};
 
 /// The service.
 pub struct AgentService {
@@ -105,8 +105,11 @@ impl Agent for AgentService {
 
     async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<PidsResponse> {
         let processes = answer(self.containers.pids(&request.container).await)?;
-        let processes = processes.into_iter().map(|(pid, exec)| ProcessInfo { pid, exec, ..ProcessInfo::default() }).collect();
-        Ok(PidsResponse { processes, ..PidsResponse::default() })
+        let mut infos: Vec<_> = processes.into_iter().map(|(pid, exec)| ProcessInfo { pid, exec, ..ProcessInfo::default() }).collect();
+        if request.details {
+            infos.iter_mut().for_each(processes::describe);
+        }
+        Ok(PidsResponse { processes: infos, ..PidsResponse::default() })
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
@@ -165,6 +168,10 @@ impl Agent for AgentService {
         let attach = move || disks.attach(&request);
         let (major, minor) = answer(blocking(attach).await.map_err(Error::Failed))?;
         Ok(AttachDiskResponse { major, minor, ..AttachDiskResponse::default() })
+    }
+
+    async fn kernel_log(&self, _: &TtrpcContext, request: KernelLogRequest) -> Result<KernelLogResponse> {
+        answer(blocking(move || kernel_log::read(request.after)).await.map_err(Error::Failed))
     }
 
     async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> Result<Empty> {

@@ -12,7 +12,11 @@ use std::process::Command;
 
 use caisson_protocol::vmm::{MAX_FDS, MAX_MESSAGE};
 use nix::cmsg_space;
-use nix::sys::socket::{AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect,
+    getsockopt, listen, recvmsg, sendmsg, socket, socketpair,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -40,6 +44,47 @@ impl Control {
         nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
         // SAFETY: it is open (checked above), and main calls this once, before anything else can own it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }))
+    }
+
+    /// A socket at which others connect, that does not block. A socket's path is short (unix(7)), so its
+    /// folder is given open.
+    ///
+    /// # Errors
+    /// The kernel's, as when there is something of that name.
+    pub fn listen(folder: impl AsFd, name: &str) -> io::Result<Self> {
+        let listener = Self(seqpacket(SockFlag::SOCK_NONBLOCK)?);
+        bind(listener.as_raw_fd(), &address(&folder, name)?)?;
+        listen(&listener, Backlog::MAXCONN)?;
+        Ok(listener)
+    }
+
+    /// The next connection to a listening socket.
+    ///
+    /// # Errors
+    /// The kernel's, `WouldBlock` when there is none.
+    pub fn accept(&self) -> io::Result<Self> {
+        let fd = accept4(self.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+        // SAFETY: the kernel has just made the descriptor for us; nobody else owns it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Connects to a listening socket.
+    ///
+    /// # Errors
+    /// The kernel's, as when the file's permissions forbid it.
+    pub fn connect(folder: impl AsFd, name: &str) -> io::Result<Self> {
+        let socket = Self(seqpacket(SockFlag::empty())?);
+        connect(socket.as_raw_fd(), &address(&folder, name)?)?;
+        Ok(socket)
+    }
+
+    /// The user at the other end, and its process.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn peer(&self) -> io::Result<(u32, i32)> {
+        let credentials = getsockopt(&self.0, PeerCredentials)?;
+        Ok((credentials.uid(), credentials.pid()))
     }
 
     /// Sends one message; `wait` tells whether to wait when the peer's queue is full.
@@ -110,6 +155,14 @@ impl Control {
     }
 }
 
+fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, flags | SockFlag::SOCK_CLOEXEC, None)
+}
+
+fn address(folder: impl AsFd, name: &str) -> nix::Result<UnixAddr> {
+    UnixAddr::new(format!("/proc/self/fd/{}/{name}", folder.as_fd().as_raw_fd()).as_str())
+}
+
 /// Lets a program that `command` starts find `fd` at [`CONTROL_FD`]. `fd` must stay open until
 /// the program has been started.
 pub fn pass(command: &mut Command, fd: BorrowedFd<'_>) {
@@ -159,6 +212,20 @@ mod tests {
         let mut got = String::new();
         reader.read_to_string(&mut got).unwrap();
         assert_eq!(got, "through");
+    }
+
+    #[test]
+    fn who_connects_is_known_and_heard() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || std::fs::File::open(folder.path()).unwrap();
+        let listener = Control::listen(open(), "socket").unwrap();
+        assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let caller = Control::connect(open(), "socket").unwrap();
+        let callee = listener.accept().unwrap();
+        assert_eq!(callee.peer().unwrap().1, std::process::id().cast_signed());
+        caller.send(&"hello", &[], true).unwrap();
+        assert_eq!(callee.receive::<String>(true).unwrap().unwrap().0, "hello");
+        assert!(Control::listen(open(), "socket").is_err());
     }
 
     #[test]

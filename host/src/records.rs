@@ -47,8 +47,13 @@ pub fn all(run_dir: &Path) -> io::Result<Vec<PodRecord>> {
         if namespace.file_name().is_some_and(|name| name == UIDS) {
             continue;
         }
-        for pod in folders(&namespace)? {
-            // A pod that ends while we look is not an error.
+        let pods = match folders(&namespace) {
+            // Not the caller's to look into.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => continue,
+            pods => pods?,
+        };
+        for pod in pods {
+            // A pod that ends while we look is not an error, nor is one that is somebody else's.
             if let Ok(Some(record)) = read(&pod) {
                 records.push(record);
             }

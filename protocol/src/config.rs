@@ -68,6 +68,8 @@ pub struct Config {
     pub fs_path: PathBuf,
     /// What becomes of `hostNetwork`, `hostPID` and `hostIPC`.
     pub host_namespaces: HostNamespaces,
+    /// The group of the host whose members are the pod's owners; empty for none.
+    pub pod_owners: String,
     /// What the guest may cache.
     pub fs_cache: CachePolicy,
     /// Whether the guest collects writes.
@@ -114,6 +116,7 @@ impl Default for Config {
             network_vhost: true,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
             host_namespaces: HostNamespaces::Refuse,
+            pod_owners: String::new(),
             fs_cache: CachePolicy::Auto,
             fs_writeback: false,
             fs_dead_sockets: false,

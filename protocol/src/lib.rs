@@ -10,6 +10,7 @@
 //! * [`cri`]: kubelet's description of a pod, as far as the shim reads it (`cri.proto`);
 //! * [`options`]: what containerd writes to a shim that it starts (`options.proto`);
 //! * [`guest`]: what host and guest agree on without saying it: ports, paths, tags;
+//! * [`owner`]: a pod's owners to its shim, by JSON messages with file descriptors;
 //! * [`record`]: what a pod keeps on disk so that it can be listed and undone.
 
 pub mod agent;
@@ -18,6 +19,7 @@ pub mod cri;
 pub mod fs;
 pub mod guest;
 pub mod options;
+pub mod owner;
 pub mod record;
 pub mod vmm;
 

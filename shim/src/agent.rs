@@ -9,8 +9,9 @@ use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
     AgentClient, AttachDiskRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse, PodFile, ProcessInfo, ProcessRequest,
-    PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
+    DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse, KernelLogRequest, PodFile, ProcessInfo,
+    ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
+    WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -177,6 +178,18 @@ impl Agent {
     /// Processes of a container.
     pub async fn pids(&self, container: &str) -> Result<Vec<ProcessInfo>> {
         self.call("list the processes", self.client.pids(none(), &named(container))).await.map(|answer| answer.processes)
+    }
+
+    /// Processes of a container, with what each says of itself.
+    pub async fn processes(&self, container: &str) -> Result<Vec<ProcessInfo>> {
+        let request = ContainerRequest { details: true, ..named(container) };
+        self.call("list the processes", self.client.pids(none(), &request)).await.map(|answer| answer.processes)
+    }
+
+    /// What the guest's kernel has said from a message on, and the number of the next.
+    pub async fn kernel_log(&self, after: u64) -> Result<(String, u64)> {
+        let request = KernelLogRequest { after, ..KernelLogRequest::default() };
+        self.call("read the guest kernel's log", self.client.kernel_log(none(), &request)).await.map(|answer| (answer.text, answer.next))
     }
 
     /// Counters of a container.

@@ -14,6 +14,9 @@ use serde_json::{Map, Value, json};
 
 use crate::spec::Spec;
 
+/// By which containerd says of a sandbox where its containers' output goes.
+pub const LOG_FOLDER: &str = "io.kubernetes.cri.sandbox-log-directory";
+
 /// The type of [`PodSandboxConfig`] in a request.
 const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// What a pod's network allows everyone, as containerd 2 sets it for sandboxes of its own.
@@ -121,6 +124,7 @@ fn annotations(id: &str, config: &PodSandboxConfig) -> Map<String, Value> {
     let (kind, pod) = POD_ANNOTATIONS[0];
     annotations.insert(kind.into(), json!("sandbox"));
     annotations.insert(pod.into(), json!(id));
+    annotations.insert(LOG_FOLDER.into(), json!(config.log_directory));
     let resources = &config.linux.resources;
     for (name, value) in
         [("memory", resources.memory_limit_in_bytes), ("cpu-quota", resources.cpu_quota), ("cpu-period", resources.cpu_period)]

@@ -1,7 +1,7 @@
 //! A pod's machine with all that was acquired for it: the record on disk, the network, the
 //! configuration that it was booted with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,7 +14,7 @@ use caisson_protocol::fs::HOST_IDS;
 use caisson_protocol::record::PodRecord;
 use tokio::sync::OnceCell;
 
-use crate::cri::PodFile;
+use crate::cri::{LOG_FOLDER, PodFile};
 use crate::disks::Disks;
 use crate::errors::{Error, Result};
 use crate::network::{self, Network};
@@ -47,6 +47,8 @@ pub struct Machine {
     network: OnceCell<Arc<Network>>,
     /// Its disks.
     pub disks: Disks,
+    /// Where kubelet has the output of its containers.
+    pub log_folder: Option<PathBuf>,
     /// Held while its size changes and is put on record.
     resizing: tokio::sync::Mutex<()>,
     /// Whether its failure is on record.
@@ -94,6 +96,7 @@ impl Machine {
                 config,
                 network: OnceCell::new(),
                 disks: Disks::default(),
+                log_folder: spec.annotations().remove(LOG_FOLDER).filter(|path| path.starts_with('/')).map(PathBuf::from),
                 resizing: tokio::sync::Mutex::default(),
                 failed: AtomicBool::new(false),
             };

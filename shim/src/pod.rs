@@ -20,10 +20,11 @@ use crate::errors::{Error, Result};
 use crate::events::{Events, Topic, timestamp};
 use crate::flags::check_name;
 use crate::machine::{Machine, Name};
+use crate::owners;
 use crate::process::{Process, Status};
 use crate::size::Limits;
 use crate::spec::{self, GuestSpec, Kind, Siblings, Spec};
-use crate::stdio::{self, Paths};
+use crate::stdio::{self, Opened, Paths};
 use crate::volumes::Volumes;
 
 /// The signal that the kernel sends for want of memory, and kubelet for want of patience.
@@ -136,12 +137,16 @@ impl Pod {
     }
 
     /// The machine, booted now when there is none; whether it was.
-    async fn machine_for(&self, spec: &Spec, bundle: &str) -> Result<(Arc<Machine>, bool)> {
+    async fn machine_for(self: &Arc<Self>, spec: &Spec, bundle: &str) -> Result<(Arc<Machine>, bool)> {
         let _booting = self.booting.lock().await;
         if let Ok(machine) = self.machine() {
             return Ok((machine, false));
         }
         let machine = Machine::boot(&self.name, self.config.as_deref(), spec, self.files(), Path::new(bundle)).await?;
+        if let Err(error) = owners::serve(self, &machine) {
+            machine.end("its owners could not be let in");
+            return Err(Error::Failed(error.context(format!("boot pod {}", self.id()))));
+        }
         *lock(&self.machine) = Some(Arc::clone(&machine));
         Ok((machine, true))
     }
@@ -279,6 +284,19 @@ impl Pod {
 
     /// Registers an exec in a running container.
     pub async fn exec(&self, id: &str, exec: &str, process_spec: Vec<u8>, paths: Paths) -> Result<()> {
+        let process_spec = spec::with_terminal(&process_spec, paths.terminal)?;
+        self.exec_on(id, exec, process_spec, paths, |paths| stdio::open(paths, id, &self.name.namespace)).await
+    }
+
+    /// Registers an exec whose streams `open` finds.
+    pub async fn exec_on(
+        &self,
+        id: &str,
+        exec: &str,
+        process_spec: Vec<u8>,
+        paths: Paths,
+        open: impl FnOnce(&Paths) -> anyhow::Result<Opened>,
+    ) -> Result<()> {
         check_name("exec", exec).map_err(Error::Invalid)?;
         let container = self.container(id)?;
         if container.init.exited().is_some() {
@@ -291,8 +309,7 @@ impl Pod {
             return Err(Error::AlreadyExists(format!("exec {exec} of container {id}")));
         }
         let machine = self.machine()?;
-        let process_spec = spec::with_terminal(&process_spec, paths.terminal)?;
-        let opened = stdio::open(&paths, id, &self.name.namespace)?;
+        let opened = open(&paths)?;
         let ports = opened.ports.clone();
         let process = Process::new(&machine.sandbox, exec, paths, opened).await?;
         let registered = machine.sandbox.agent.create_exec(id, exec, process_spec, ports).await;

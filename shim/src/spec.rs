@@ -168,6 +168,11 @@ impl Spec {
             && mount["source"].as_str().is_some_and(|source| Path::new(source).file_name().is_some_and(|name| name == "shm"))
     }
 
+    /// Its own process.
+    pub fn process(&self) -> Option<Map<String, Value>> {
+        self.0["process"].as_object().cloned()
+    }
+
     /// The host name it asks for.
     pub fn hostname(&self) -> &str {
         self.0["hostname"].as_str().unwrap_or_default()

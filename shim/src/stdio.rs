@@ -13,11 +13,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use caisson_protocol::agent::Stdio as Ports;
 use caisson_protocol::guest::FIRST_STREAM_PORT;
 use caisson_protocol::vmm::{Ends, Offer};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::{SFlag, fstat};
 
 /// For a logging program to say that it is ready.
 const LOGGER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,30 +78,55 @@ pub fn open(paths: &Paths, container: &str, namespace: &str) -> Result<Opened> {
         Some(source)
     };
     let (stdout, stderr) = open_sinks(paths, container, namespace, &mut opened.keepers)?;
-    let mut offer = |ends: Ends, fds: Vec<OwnedFd>| -> Result<u32> {
-        if fds.is_empty() {
-            return Ok(0);
-        }
-        let port = stream_port()?;
-        opened.offers.push((Offer { port, ends }, fds));
-        Ok(port)
-    };
-    if paths.terminal {
-        let ends = match (&source, &stdout) {
-            (Some(_), Some(_)) => Ends::SourceAndSink,
-            (Some(_), None) => Ends::Source,
-            (None, _) => Ends::Sink,
-        };
-        opened.ports.stdin = offer(ends, source.into_iter().chain(stdout).collect())?;
-        return Ok(opened);
+    opened.offer(source, stdout, stderr)?;
+    Ok(opened)
+}
+
+/// The streams of a process whose other ends somebody else has: input and output of a terminal, or the
+/// three standard streams. They have to be pipes, which lead nowhere else.
+///
+/// # Errors
+/// When they are not.
+pub fn given(terminal: bool, fds: Vec<OwnedFd>) -> Result<Opened> {
+    let expected = if terminal { 2 } else { 3 };
+    ensure!(fds.len() == expected, "a program came with {} descriptors instead of {expected}", fds.len());
+    for fd in &fds {
+        let mode = fstat(fd).context("look at a descriptor")?.st_mode;
+        ensure!(SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFIFO, "a program's streams have to be pipes");
     }
-    opened.ports.stdin = offer(Ends::Source, source.into_iter().collect())?;
-    opened.ports.stdout = offer(Ends::Sink, stdout.into_iter().collect())?;
-    opened.ports.stderr = offer(Ends::Sink, stderr.into_iter().collect())?;
+    let mut opened = Opened { ports: Ports { terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new(), input: None };
+    let mut fds = fds.into_iter();
+    opened.offer(fds.next(), fds.next(), fds.next())?;
     Ok(opened)
 }
 
 impl Opened {
+    /// Gives each stream a port.
+    fn offer(&mut self, source: Option<OwnedFd>, stdout: Option<OwnedFd>, stderr: Option<OwnedFd>) -> Result<()> {
+        let offers = &mut self.offers;
+        let mut offer = |ends: Ends, fds: Vec<OwnedFd>| -> Result<u32> {
+            if fds.is_empty() {
+                return Ok(0);
+            }
+            let port = stream_port()?;
+            offers.push((Offer { port, ends }, fds));
+            Ok(port)
+        };
+        if self.ports.terminal {
+            let ends = match (&source, &stdout) {
+                (Some(_), Some(_)) => Ends::SourceAndSink,
+                (Some(_), None) => Ends::Source,
+                (None, _) => Ends::Sink,
+            };
+            self.ports.stdin = offer(ends, source.into_iter().chain(stdout).collect())?;
+            return Ok(());
+        }
+        self.ports.stdin = offer(Ends::Source, source.into_iter().collect())?;
+        self.ports.stdout = offer(Ends::Sink, stdout.into_iter().collect())?;
+        self.ports.stderr = offer(Ends::Sink, stderr.into_iter().collect())?;
+        Ok(())
+    }
+
     /// The port whose source is standard input, if there is one.
     pub fn input_port(&self) -> Option<u32> {
         self.offers.iter().find(|(offer, _)| matches!(offer.ends, Ends::Source | Ends::SourceAndSink)).map(|(offer, _)| offer.port)
@@ -167,6 +193,11 @@ fn open_sink(path: &str, keepers: &mut Vec<OwnedFd>) -> Result<OwnedFd> {
     let writer = open_writer(path)?;
     keepers.push(keeper);
     Ok(writer)
+}
+
+/// The file that an output's URI names, if it names one.
+pub fn file_of(uri: &str) -> Option<&Path> {
+    uri.strip_prefix("file:").map(|rest| Path::new(uri_path(rest)))
 }
 
 /// The path of a URI, without authority and query.
@@ -282,6 +313,16 @@ mod tests {
         let opened = open(&paths, "c", "n").unwrap();
         assert_eq!(opened.offers.len(), 1);
         assert_eq!((opened.offers[0].0.ends, opened.offers[0].1.len()), (Ends::SourceAndSink, 2));
+    }
+
+    #[test]
+    fn what_an_owner_gives_has_to_be_pipes() {
+        let pipes = || std::io::pipe().map(|(reader, writer)| [OwnedFd::from(reader), OwnedFd::from(writer)]).unwrap();
+        assert_eq!(given(true, pipes().into()).unwrap().offers.len(), 1);
+        assert!(given(false, pipes().into()).is_err());
+        let folder = OwnedFd::from(File::open("/").unwrap());
+        let [input, output] = pipes();
+        assert!(given(false, vec![input, output, folder]).is_err());
     }
 
     #[test]

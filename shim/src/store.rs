@@ -33,7 +33,11 @@ impl Store {
         let run_dir = real(run_dir);
         let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
         // What is mounted in it shows files without the folders that keep others of the host from them.
-        let make = || DirBuilder::new().recursive(true).mode(0o700).create(&dir).and_then(|()| std::fs::create_dir_all(dir.join("share")));
+        let make = || {
+            std::fs::create_dir_all(run_dir.join(&record.namespace))?;
+            DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+            std::fs::create_dir_all(dir.join("share"))
+        };
         make().with_context(|| format!("create the pod's folder {}", dir.display()))?;
         write(&dir, &record)?;
         Ok(Self { run_dir, dir, record: Mutex::new(record) })
@@ -57,6 +61,11 @@ impl Store {
     /// The tree that the guest sees.
     pub fn share(&self) -> PathBuf {
         self.dir.join("share")
+    }
+
+    /// Shows the record.
+    pub fn read(&self, look: impl FnOnce(&PodRecord)) {
+        look(&self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     }
 
     /// Changes the record, on disk first.

@@ -17,15 +17,16 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+
+use crate::channel::Channel;
 
 /// For what a disk was asked to be done before it is closed.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A jailed process at the other end of a control socket.
 pub struct Jailed {
-    control: AsyncFd<Control>,
+    control: Channel,
     /// Its id on the host.
     pub pid: u32,
 }
@@ -47,8 +48,8 @@ impl Jailed {
         control::pass(&mut command, theirs.as_fd());
         let mut starter = command.spawn().with_context(|| format!("start {}", program.display()))?;
         drop(theirs);
-        let control = Self::watch_control(ours)?;
-        let first = receive::<E>(&control).await.with_context(|| format!("hear from {}", program.display()));
+        let control = Channel::new(ours).context("watch a control socket")?;
+        let first = control.receive::<E>().await.with_context(|| format!("hear from {}", program.display()));
         // It forks into its PID namespace and ends; the child is ours by adoption.
         let status = tokio::task::spawn_blocking(move || starter.wait()).await.context("collect a process")?;
         match first? {
@@ -65,24 +66,12 @@ impl Jailed {
     /// # Errors
     /// When the process is gone.
     pub async fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        loop {
-            let mut ready = self.control.writable().await?;
-            match ready.try_io(|control| control.get_ref().send(message, fds, false)) {
-                Ok(result) => return result,
-                Err(_would_block) => {}
-            }
-        }
+        self.control.send(message, fds).await
     }
 
     /// The next message; `None` when the process is gone.
-    #[expect(unsafe_code, reason = "the runtime wants a promise that the descriptor stays the same")]
-    fn watch_control(control: Control) -> Result<AsyncFd<Control>> {
-        // SAFETY: Control owns its descriptor, keeps it for life and always returns the same one.
-        unsafe { AsyncFd::register(control) }.context("watch a control socket")
-    }
-
     async fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-        receive(&self.control).await
+        self.control.receive().await
     }
 
     /// Kills the process; it may be gone.
@@ -101,16 +90,6 @@ impl Jailed {
             Ok(Ok(WaitStatus::Exited(_, code))) => format!("ended with code {code}"),
             // We killed it, whatever else is known.
             _ => "was killed".into(),
-        }
-    }
-}
-
-async fn receive<T: DeserializeOwned>(control: &AsyncFd<Control>) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    loop {
-        let mut ready = control.readable().await?;
-        match ready.try_io(|control| control.get_ref().receive(false)) {
-            Ok(result) => return result,
-            Err(_would_block) => {}
         }
     }
 }

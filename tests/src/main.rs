@@ -24,6 +24,7 @@ mod process;
 mod resize;
 mod sequences;
 mod streaming;
+mod tools;
 mod volumes;
 
 use std::sync::Mutex;
@@ -77,6 +78,7 @@ fn main() {
         cri::TESTS,
         pods::TESTS,
         streaming::TESTS,
+        tools::TESTS,
         resize::TESTS,
         volumes::TESTS,
         disks::TESTS,
@@ -95,6 +97,7 @@ fn main() {
                 isolation::ALONE,
                 faults::ALONE,
                 owners::ALONE,
+                tools::ALONE,
                 pods::ALONE,
                 volumes::ALONE,
                 disks::ALONE,

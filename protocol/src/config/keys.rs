@@ -198,6 +198,13 @@ pub const KEYS: &[Key] = &[
             HostNamespaces::Pod => "pod",
         })
     ),
+    key!(
+        "pod.owners",
+        "group of the host, by name or number, whose members may use `caisson exec`, `logs`, `console`, `stop`, `metrics` and `top` on a pod as root may",
+        "the name or number of a group; empty for root alone",
+        |c, v| c.pod_owners = text(v, |t| t.len() < 64 && t.chars().all(|c| c.is_ascii_graphic()))?,
+        |c| quoted(&c.pod_owners)
+    ),
     key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
     key!(
         "fs.cache",
