@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use caisson_fs::share::Share;
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
@@ -83,7 +84,8 @@ fn run(control: &Control) -> Result<()> {
         gid_map: unknown,
         ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)
     };
-    serve(socket, fs_config, config.threads)
+    let keep = matches!(config.cache, CachePolicy::Auto);
+    serve(socket, fs_config, keep, config.threads)
 }
 
 fn nix_umask() {
@@ -119,8 +121,8 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
 }
 
 /// Serves the one conversation on `socket` until the VMM hangs up.
-fn serve(socket: OwnedFd, config: passthrough::Config, threads: usize) -> Result<()> {
-    let fs = PassthroughFs::new(config).context("open the share")?;
+fn serve(socket: OwnedFd, config: passthrough::Config, keep: bool, threads: usize) -> Result<()> {
+    let fs = Share::new(PassthroughFs::new(config).context("open the share")?, keep);
     // Before any thread is started: each has the filter of who starts it.
     filter::install()?;
     let backend = VhostUserFsBackendBuilder::default()

@@ -21,7 +21,7 @@ struct Logger {
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         // The libraries' own messages are for their developers.
-        metadata.target().starts_with("containerd_shim_caisson")
+        metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
     }
 
     fn log(&self, record: &Record<'_>) {
@@ -84,6 +84,13 @@ fn rfc3339(time: SystemTime) -> String {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    #[test]
+    fn our_own_messages_are_logged_and_those_of_libraries_are_not() {
+        let logger = Logger { out: Mutex::default(), namespace: String::new(), pod: String::new() };
+        let wants = |target: &str| logger.enabled(&Metadata::builder().target(target).build());
+        assert!(wants(module_path!()) && !wants("ttrpc::asynchronous") && !wants("caisson_host"));
+    }
 
     #[test]
     fn times_are_written_as_rfc_3339() {

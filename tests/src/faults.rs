@@ -7,7 +7,7 @@ use crate::containerd::Containerd;
 use crate::cri;
 use crate::ctr::{IMAGE, Output, Pod, RUNTIME, ctr, ctr_ok, id, run, run_pod};
 use crate::events::Events;
-use crate::host::{Inventory, assert_nothing_left, eventually};
+use crate::host::{Inventory, assert_nothing_left, eventually, shim_log};
 
 pub const TESTS: &[Test] = &[("a_bad_annotation_is_one_sentence", a_bad_annotation_is_one_sentence)];
 
@@ -120,6 +120,7 @@ fn a_panicking_guest_exits_137_and_leaves_nothing() {
         pod.wait_for("STOPPED");
         let list = run("caisson", &["list"]);
         assert!(list.stdout.contains("failed") && list.stdout.contains("the guest kernel panicked: Kernel panic"), "{list:?}");
+        assert!(shim_log().contains("the guest kernel panicked"), "containerd's log does not say why: {}", shim_log());
         assert_eq!(pod.delete(), 137);
     }
     assert_nothing_left(&before);

@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
     ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
     ("sockets_of_the_host_are_refused_or_dead", sockets_of_the_host_are_refused_or_dead),
+    ("what_did_not_change_is_read_once_and_what_did_is_read_again", what_did_not_change_is_read_once_and_what_did_is_read_again),
     ("a_memory_volume_is_the_guests_and_shared_by_its_containers", a_memory_volume_is_the_guests_and_shared_by_its_containers),
 ];
 
@@ -247,4 +248,34 @@ fn a_memory_volume_is_the_guests_and_shared_by_its_containers() {
         assert!(refused.message().contains("folder \"a/b\" of a memory volume"), "{refused:?}");
     }
     shell(&format!("umount {part} {volume} && rm -r {kubelet}"));
+}
+
+fn what_did_not_change_is_read_once_and_what_did_is_read_again() {
+    let folder = format!("/tmp/{}", id("kept"));
+    shell(&format!("mkdir {folder} && head -c 1048576 /dev/urandom > {folder}/file"));
+    let mount = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
+    let pod = PodOfCtr::start("kept", &["--mount", &mount], "sleep 1000");
+    let server = pod.host_pid("fs");
+    let read = || shell(&format!("sed -n 's/^rchar: //p' /proc/{server}/io")).parse::<u64>().unwrap();
+    let sum = || pod.exec(&[], &["md5sum", "/data/file"]).stdout;
+    // What was changed less than three seconds ago could change again and look the same.
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    let (first, before) = (sum(), read());
+    assert_eq!(sum(), first);
+    let again = read() - before;
+    assert!(again < 512 << 10, "{again} bytes of a file of 1048576 were read again");
+    // Of the same size, and changed the very moment before.
+    shell(&format!("printf x | dd of={folder}/file conv=notrunc seek=500000 bs=1 status=none"));
+    let changed = sum();
+    assert_eq!(changed.split(' ').next().unwrap(), shell(&format!("md5sum < {folder}/file")).split(' ').next().unwrap());
+    assert_ne!(changed, first);
+    assert!(read() - before > 1 << 20);
+    // What the pod writes itself it reads, and so does the host.
+    assert_eq!(pod.exec(&[], &["sh", "-c", "echo mine > /data/file; cat /data/file"]).stdout, "mine\n");
+    assert_eq!(shell(&format!("cat {folder}/file")), "mine");
+    shell(&format!("echo theirs > {folder}/file"));
+    // A size is known for a second.
+    eventually(|| pod.exec(&[], &["cat", "/data/file"]).stdout == "theirs\n", "what the host wrote is not seen");
+    drop(pod);
+    shell(&format!("rm -r {folder}"));
 }

@@ -24,7 +24,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("guest-kernel", &[]),
     ("image-builder", &[]),
     ("tests", &[]),
-    ("fuzz", &["caisson-protocol", "caisson-sys", "caisson-host", "caisson-vmm", "caisson-shim"]),
+    ("fuzz", &["caisson-protocol", "caisson-sys", "caisson-host", "caisson-vmm", "caisson-fs", "caisson-shim"]),
     ("xtask", &["caisson-guest-kernel", "caisson-image-builder"]),
 ];
 /// Words that mark unfinished work, put together so that this file does not hold them.

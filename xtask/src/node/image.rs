@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use xshell::{Shell, cmd};
 
+use super::mend;
 use crate::{cache, packages, progress};
 
 /// Names how the image is made, beside the lists and scripts below; to be changed with [`build`], so
 /// that a kept image is made anew.
-const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, 2";
+const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, emulation of VMRUN mended, 3";
 /// The release that the node is made of.
 const SUITE: &str = "trixie";
 const PACKAGES: &[&str] = &[
@@ -28,6 +29,7 @@ const PACKAGES: &[&str] = &[
     "diffutils",
     "inotify-tools",
     "iproute2",
+    "iperf3",
     "iptables",
     "jq",
     "kmod",
@@ -35,6 +37,7 @@ const PACKAGES: &[&str] = &[
     "linux-perf",
     "mount",
     "nftables",
+    "passt",
     "procps",
     "qemu-system-x86",
     "runc",
@@ -129,6 +132,9 @@ fn build(dir: &Path, files: &[PathBuf], containerds: &[(&str, Vec<PathBuf>)], bu
         sh.remove_path(&scratch)?;
     }
     merge_usr(&sh, &tree)?;
+    if let Err(error) = mend::injection(&tree.join("usr/bin/qemu-system-x86_64")) {
+        eprintln!("warning: {error:#}; an emulated node's guests may hang now and then");
+    }
     for dir in [
         "proc",
         "sys",

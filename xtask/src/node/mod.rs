@@ -7,6 +7,7 @@
 //! cannot be saved.
 
 mod image;
+mod mend;
 mod qemu;
 
 use std::io::{BufRead, BufReader, Read, Write};

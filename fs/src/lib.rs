@@ -1,0 +1,3 @@
+//! What `caisson-fs` serves, as a fuzz target tries it, too.
+
+pub mod share;

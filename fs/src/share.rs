@@ -1,0 +1,292 @@
+//! The share as the guest's requests meet it: virtiofsd's file system, with two things of ours.
+//!
+//! **What may be kept.** With the policy `auto` a guest drops what it has cached of a file whenever the
+//! file is opened, so that a program is read again each time that it is run. Here it keeps that,
+//! as long as the file's times and size are those that it had when the guest last opened it:
+//!
+//! ```text
+//! unknown --open--> fresh (its change is too recent to be told from the next) --open, unchanged--> settled
+//! settled --open, unchanged--> settled: the guest keeps what it has
+//!     any --open, changed--> fresh or settled, by the age of its last change
+//!     any --forgotten by the guest--> unknown
+//! ```
+//!
+//! A change through somebody's mapping of the file shows in its times when the kernel writes it out.
+//!
+//! **What is refused.** Offsets that no file has: no kernel asks for them, and the server below has no
+//! answer for them.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use virtiofsd::filesystem::{
+    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SerializableFileSystem, SetattrValid,
+    SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+};
+use virtiofsd::fuse::{Attr, SetattrIn};
+use virtiofsd::passthrough::PassthroughFs;
+
+/// After so long a change is told from the next by its time: file systems count in steps of up to two
+/// seconds, and a file server's clock may be a little behind ours.
+const SETTLED_AFTER: Duration = Duration::from_secs(3);
+
+type Inode = <PassthroughFs as FileSystem>::Inode;
+type Handle = <PassthroughFs as FileSystem>::Handle;
+type DirIter = <PassthroughFs as FileSystem>::DirIter;
+
+/// By which a file's state is known from another: change and modification in nanoseconds, size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    changed: u128,
+    modified: u128,
+    size: u64,
+}
+
+impl Stamp {
+    fn of(attr: &Attr) -> Self {
+        let time = |seconds: u64, nanoseconds: u32| u128::from(seconds) * 1_000_000_000 + u128::from(nanoseconds);
+        Self { changed: time(attr.ctime, attr.ctimensec), modified: time(attr.mtime, attr.mtimensec), size: attr.size }
+    }
+
+    /// Whether a change from now on has another time.
+    fn is_settled(&self, now: SystemTime) -> bool {
+        let now = now.duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+        self.changed.checked_add(SETTLED_AFTER.as_nanos()).is_some_and(|settled| settled < now)
+    }
+}
+
+/// The files that the guest has opened, as they were then, and whether that was settled.
+#[derive(Default)]
+struct Opened(HashMap<Inode, (Stamp, bool)>);
+
+impl Opened {
+    /// Notes that a file is opened; whether what the guest has of it is what the file holds.
+    fn open(&mut self, inode: Inode, stamp: Stamp, now: SystemTime) -> bool {
+        let known = self.0.insert(inode, (stamp, stamp.is_settled(now)));
+        known == Some((stamp, true))
+    }
+
+    fn forget(&mut self, inode: Inode) {
+        self.0.remove(&inode);
+    }
+}
+
+/// The share.
+pub struct Share {
+    fs: PassthroughFs,
+    /// Of the policy `auto` alone: with `always` a guest keeps everything, with `never` nothing.
+    opened: Option<Mutex<Opened>>,
+}
+
+impl Share {
+    /// A share of files; with `keep` the guest keeps what it has of files that did not change.
+    pub fn new(fs: PassthroughFs, keep: bool) -> Self {
+        Self { fs, opened: keep.then(Mutex::default) }
+    }
+
+    fn opened(&self) -> Option<MutexGuard<'_, Opened>> {
+        self.opened.as_ref().map(|opened| opened.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Refuses what is beyond the largest file.
+fn check_range(offset: u64, length: u64) -> io::Result<()> {
+    match offset.checked_add(length) {
+        Some(end) if end <= i64::MAX as u64 => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
+/// Requests that are the file system's own affair.
+macro_rules! pass_on {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $answer:ty;)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> $answer {
+            self.fs.$name($($argument),*)
+        })*
+    };
+}
+
+impl FileSystem for Share {
+    type Inode = Inode;
+    type Handle = Handle;
+    type DirIter = DirIter;
+
+    fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
+        let (handle, mut options) = self.fs.open(ctx, inode, kill_priv, flags)?;
+        // The state is that of after the open: what the guest reads from now on is that or newer.
+        if let Some(mut opened) = self.opened()
+            && let Ok((attr, _)) = self.fs.getattr(ctx, inode, handle)
+            && opened.open(inode, Stamp::of(&attr), SystemTime::now())
+        {
+            options |= OpenOptions::KEEP_CACHE;
+        }
+        Ok((handle, options))
+    }
+
+    fn forget(&self, ctx: Context, inode: Inode, count: u64) {
+        if let Some(mut opened) = self.opened() {
+            opened.forget(inode);
+        }
+        self.fs.forget(ctx, inode, count);
+    }
+
+    fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
+        if let Some(mut opened) = self.opened() {
+            requests.iter().for_each(|(inode, _)| opened.forget(*inode));
+        }
+        self.fs.batch_forget(ctx, requests);
+    }
+
+    fn read<W: ZeroCopyWriter>(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        handle: Handle,
+        to: W,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        check_range(offset, size.into())?;
+        self.fs.read(ctx, inode, handle, to, size, offset, lock_owner, flags)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        handle: Handle,
+        from: R,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        check_range(offset, size.into())?;
+        self.fs.write(ctx, inode, handle, from, size, offset, lock_owner, delayed, kill_priv, flags)
+    }
+
+    fn fallocate(&self, ctx: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64) -> io::Result<()> {
+        check_range(offset, length)?;
+        self.fs.fallocate(ctx, inode, handle, mode, offset, length)
+    }
+
+    fn copyfilerange(
+        &self,
+        ctx: Context,
+        from: Inode,
+        from_handle: Handle,
+        from_offset: u64,
+        to: Inode,
+        to_handle: Handle,
+        to_offset: u64,
+        length: u64,
+        flags: u64,
+    ) -> io::Result<usize> {
+        check_range(from_offset, length)?;
+        check_range(to_offset, length)?;
+        self.fs.copyfilerange(ctx, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
+    }
+
+    pass_on! {
+        fn init(capable: FsOptions) -> io::Result<FsOptions>;
+        fn destroy() -> ();
+        fn lookup(ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry>;
+        fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
+        fn setattr(ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid) -> io::Result<(Attr, Duration)>;
+        fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
+        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions) -> io::Result<Entry>;
+        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
+        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
+        fn unlink(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        fn rename(ctx: Context, from: Inode, name: &CStr, to: Inode, new_name: &CStr, flags: u32) -> io::Result<()>;
+        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry>;
+        fn create(ctx: Context, parent: Inode, name: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32, extensions: Extensions) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
+        fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
+        fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
+        fn release(ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool, lock_owner: Option<u64>) -> io::Result<()>;
+        fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
+        fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) -> io::Result<()>;
+        fn getxattr(ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply>;
+        fn listxattr(ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
+        fn removexattr(ctx: Context, inode: Inode, name: &CStr) -> io::Result<()>;
+        fn opendir(ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)>;
+        fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<DirIter>;
+        fn fsyncdir(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
+        fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
+        fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;
+        fn lseek(ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
+        fn syncfs(ctx: Context, inode: Inode) -> io::Result<()>;
+    }
+}
+
+/// For a migration, which there is none of.
+impl SerializableFileSystem for Share {
+    fn prepare_serialization(&self, cancel: Arc<AtomicBool>) {
+        self.fs.prepare_serialization(cancel);
+    }
+
+    fn serialize(&self, state: File) -> io::Result<()> {
+        self.fs.serialize(state)
+    }
+
+    fn deserialize_and_apply(&self, state: File) -> io::Result<()> {
+        self.fs.deserialize_and_apply(state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u128 = 1_000_000_000;
+
+    fn stamp(changed_s: u128, size: u64) -> Stamp {
+        Stamp { changed: changed_s * SECOND, modified: changed_s * SECOND, size }
+    }
+
+    fn at(seconds: u64) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn what_did_not_change_since_it_was_opened_is_kept() {
+        let mut opened = Opened::default();
+        assert!(!opened.open(1, stamp(100, 5), at(200)), "the first time");
+        assert!(opened.open(1, stamp(100, 5), at(201)));
+        assert!(!opened.open(1, stamp(202, 5), at(210)), "it was changed");
+        assert!(opened.open(1, stamp(202, 5), at(211)));
+        assert!(!opened.open(1, stamp(202, 6), at(212)), "it has another size");
+        assert!(!opened.open(2, stamp(202, 6), at(213)), "another file");
+        opened.forget(1);
+        assert!(!opened.open(1, stamp(202, 6), at(214)), "the guest forgot it");
+    }
+
+    #[test]
+    fn what_has_just_changed_may_change_again_at_the_same_time() {
+        let mut opened = Opened::default();
+        assert!(!opened.open(1, stamp(100, 5), at(101)));
+        assert!(!opened.open(1, stamp(100, 5), at(110)), "what was read at 101 may be older");
+        assert!(opened.open(1, stamp(100, 5), at(111)));
+        // A file from the future, as of a server whose clock is ahead, never settles.
+        assert!(!opened.open(2, stamp(500, 5), at(111)));
+        assert!(!opened.open(2, stamp(500, 5), at(112)));
+    }
+
+    #[test]
+    fn no_file_reaches_beyond_the_largest_offset() {
+        assert!(check_range(0, 0).is_ok() && check_range(i64::MAX as u64 - 1, 1).is_ok());
+        for (offset, length) in [(i64::MAX as u64, 1), (u64::MAX, 1), (1, u64::MAX), (1 << 63, 0)] {
+            assert_eq!(check_range(offset, length).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+}
