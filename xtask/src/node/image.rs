@@ -10,7 +10,7 @@ use crate::{cache, packages, progress};
 
 /// Names how the image is made, beside the lists and scripts below; to be changed with [`build`], so
 /// that a kept image is made anew.
-const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, emulation of VMRUN mended, 3";
+const RECIPE: &str = "merged /usr, ext4 with an overlay on tmpfs, emulation of SVM mended, 4";
 /// The release that the node is made of.
 const SUITE: &str = "trixie";
 const PACKAGES: &[&str] = &[
@@ -37,7 +37,6 @@ const PACKAGES: &[&str] = &[
     "linux-perf",
     "mount",
     "nftables",
-    "passt",
     "procps",
     "qemu-system-x86",
     "runc",
@@ -132,7 +131,7 @@ fn build(dir: &Path, files: &[PathBuf], containerds: &[(&str, Vec<PathBuf>)], bu
         sh.remove_path(&scratch)?;
     }
     merge_usr(&sh, &tree)?;
-    if let Err(error) = mend::injection(&tree.join("usr/bin/qemu-system-x86_64")) {
+    if let Err(error) = mend::emulator(&tree.join("usr/bin/qemu-system-x86_64")) {
         eprintln!("warning: {error:#}; an emulated node's guests may hang now and then");
     }
     for dir in [
