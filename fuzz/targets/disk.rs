@@ -9,7 +9,7 @@ use std::sync::Arc;
 use caisson_fuzz::Input;
 use caisson_fuzz::driver::{DATA, Rings, memory, scribble};
 use caisson_host::control::Control;
-use caisson_protocol::vmm::Disk;
+use caisson_protocol::vmm::{Disk, RateLimit};
 use caisson_vmm::devices::blk::request::{Backing, answer};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
@@ -25,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
     let mut file = std::fs::File::from(fd);
     file.write_all(&[1; DISK_BYTES as usize]).and_then(|()| file.write_all(&BEHIND)).expect("a memory file is written");
     let read_only = input.u8() & 1 != 0;
-    let disk = Disk { place: 0, bytes: DISK_BYTES, block_size: 512, read_only, serial: "fuzz".into() };
+    let disk = Disk { place: 0, bytes: DISK_BYTES, block_size: 512, read_only, serial: "fuzz".into(), limit: RateLimit::default() };
     let (_shim, control) = Control::pair().expect("a control socket");
     let backing = Backing::new(&disk, file.try_clone().expect("a descriptor"), Arc::new(control));
     while !input.is_empty() {

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 pub use self::keys::{KEYS, Key};
 use self::keys::{Value, find, quoted};
 use crate::fs::CachePolicy;
-use crate::vmm::{MEMORY_MIB, VCPUS};
+use crate::vmm::{MEMORY_MIB, RateLimit, VCPUS};
 
 /// Where the configuration lies; drop-ins are `/etc/caisson/config.toml.d/*.toml` in sorted order.
 pub const PATH: &str = "/etc/caisson/config.toml";
@@ -64,6 +64,14 @@ pub struct Config {
     pub uid_count: u32,
     /// Whether the host's kernel serves network interfaces where it can.
     pub network_vhost: bool,
+    /// Most megabits a second of an interface, each way; 0 for no limit.
+    pub network_max_mbit: u32,
+    /// Most frames a second of an interface, each way; 0 for no limit.
+    pub network_max_frames: u32,
+    /// Most MiB a second of a disk; 0 for no limit.
+    pub disk_max_mib: u32,
+    /// Most requests a second to a disk; 0 for no limit.
+    pub disk_max_requests: u32,
     /// The virtio-fs server's program.
     pub fs_path: PathBuf,
     /// What becomes of `hostNetwork`, `hostPID` and `hostIPC`.
@@ -114,6 +122,10 @@ impl Default for Config {
             uid_base: 1_500_000_000,
             uid_count: 65_536,
             network_vhost: true,
+            network_max_mbit: 0,
+            network_max_frames: 0,
+            disk_max_mib: 0,
+            disk_max_requests: 0,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
             host_namespaces: HostNamespaces::Refuse,
             pod_owners: String::new(),
@@ -179,6 +191,17 @@ fn known_keys() -> String {
 }
 
 impl Config {
+    /// What a network interface may carry each way.
+    pub fn network_limit(&self) -> RateLimit {
+        // Of network rates a megabit is 10^6 bits, of disks' a MiB 2^20 bytes.
+        RateLimit { bytes: u64::from(self.network_max_mbit) * 125_000, operations: self.network_max_frames.into() }
+    }
+
+    /// What a disk may carry.
+    pub fn disk_limit(&self) -> RateLimit {
+        RateLimit { bytes: u64::from(self.disk_max_mib) << 20, operations: self.disk_max_requests.into() }
+    }
+
     /// Lays the text of one file over what is there. `origin` names the file in errors.
     ///
     /// # Errors

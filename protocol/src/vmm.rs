@@ -87,8 +87,26 @@ pub struct Nic {
     pub place: u32,
     /// Its address.
     pub mac: [u8; 6],
-    /// Whether the host's kernel serves it.
+    /// Whether the host's kernel serves it, which knows no limits.
     pub vhost: bool,
+    /// What may pass each way.
+    pub limit: RateLimit,
+}
+
+/// The most that a device carries in a second; 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimit {
+    /// Bytes.
+    pub bytes: u64,
+    /// Frames, or requests.
+    pub operations: u64,
+}
+
+impl RateLimit {
+    /// Whether there is none.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Disks that a VM has place for.
@@ -110,6 +128,8 @@ pub struct Disk {
     pub read_only: bool,
     /// By which the guest knows it; of 20 bytes at most (virtio 1.2, 5.2.6).
     pub serial: String,
+    /// What may be read and written, together.
+    pub limit: RateLimit,
 }
 
 /// The shape of a VM.

@@ -93,9 +93,9 @@ impl Machine {
                 name: name.clone(),
                 sandbox,
                 store,
+                disks: Disks::new(config.disk_limit()),
                 config,
                 network: OnceCell::new(),
-                disks: Disks::default(),
                 log_folder: spec.annotations().remove(LOG_FOLDER).filter(|path| path.starts_with('/')).map(PathBuf::from),
                 resizing: tokio::sync::Mutex::default(),
                 failed: AtomicBool::new(false),
@@ -117,7 +117,7 @@ impl Machine {
     /// Gives the guest the interfaces of a network namespace, now and as they change.
     async fn connect(&self, path: &Path) -> anyhow::Result<()> {
         let connect = || async {
-            let network = Arc::new(Network::open(path, self.config.network_vhost)?);
+            let network = Arc::new(Network::open(path, self.config.network_vhost, self.config.network_limit())?);
             network.sync(&self.sandbox, &self.store).await?;
             network.follow(Arc::clone(&self.sandbox), Arc::clone(&self.store))?;
             network.forward(Arc::clone(&self.sandbox));

@@ -169,11 +169,7 @@ impl Boot<'_> {
         .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
         store.add_process("fs", fs.pid)?;
-        join_cgroup(store, self.spec, &[vmm.pid(), fs.pid]).await?;
-        for pid in [vmm.pid(), fs.pid] {
-            // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
-            std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").with_context(|| format!("set the OOM score of process {pid}"))?;
-        }
+        count_for_pod(store, self.spec, &[vmm.pid(), fs.pid]).await?;
         let processes = self.begin.elapsed();
 
         self.enter("setting up the virtual machine");
@@ -321,8 +317,15 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
     Ok((listener.into(), client.into()))
 }
 
-/// Puts the pod's processes into the cgroup that containerd asks for.
-async fn join_cgroup(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
+/// Has processes count as the pod's: in the cgroup that containerd asks for, and when memory runs out.
+///
+/// # Errors
+/// When they cannot be moved.
+pub async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
+    for pid in pids {
+        // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
+        std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").with_context(|| format!("set the OOM score of process {pid}"))?;
+    }
     let Some(place) = spec.cgroups_path().and_then(Place::parse) else { return Ok(()) };
     store.change(|record| record.cgroup = Some(place.path.clone()))?;
     place.join(pids).await

@@ -1,16 +1,20 @@
 //! Block devices and images of the host, as disks of the pod.
 
+use std::time::{Duration, Instant};
+
 use k8s_cri::v1::Device;
 
 use crate::Test;
 use crate::containerd::Containerd;
 use crate::cri::{Pod, SLEEP};
 use crate::ctr::{IMAGE, Pod as PodOfCtr, RUNTIME, id, run_pod, shell};
+use crate::faults::Config;
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
     ("raw_block_volumes_are_read_and_written_as_allowed", raw_block_volumes_are_read_and_written_as_allowed),
     ("a_pod_has_eight_disks_at_a_time_and_any_number_one_after_another", a_pod_has_eight_disks_at_a_time_and_any_number_one_after_another),
+    ("a_disk_keeps_to_its_limit", a_disk_keeps_to_its_limit),
     ("a_disk_that_grows_does_so_in_the_pod", a_disk_that_grows_does_so_in_the_pod),
     ("a_file_system_in_an_image_is_mounted_by_one_pod_alone", a_file_system_in_an_image_is_mounted_by_one_pod_alone),
 ];
@@ -73,6 +77,17 @@ impl Drop for Image {
     fn drop(&mut self) {
         shell(&format!("rm {}", self.0));
     }
+}
+
+/// How much longer than the limit asks for it takes is the machine's affair.
+fn a_disk_keeps_to_its_limit() {
+    let disk = Loop::make();
+    let _settings = Config::set("[disk]\nmax_mib = 1\n");
+    let mut pod = Pod::start(|_| ());
+    let container = pod.run("reader", SLEEP, |config| config.devices = vec![disk.at("/dev/xvda", "rw")]);
+    let begin = Instant::now();
+    pod.output(&container, "dd if=/dev/xvda of=/dev/null bs=65536 count=64 iflag=direct");
+    assert!(begin.elapsed() >= Duration::from_secs(3), "{:?}", begin.elapsed());
 }
 
 fn raw_block_volumes_are_read_and_written_as_allowed() {

@@ -2,6 +2,7 @@
 
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, id, run, run_pod, shell};
@@ -17,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("a_pod_without_a_network_has_loopback_alone", a_pod_without_a_network_has_loopback_alone),
     ("connections_within_the_namespace_reach_the_guest", connections_within_the_namespace_reach_the_guest),
     ("the_hosts_own_network_is_refused", the_hosts_own_network_is_refused),
+    ("an_interface_keeps_to_its_limit", an_interface_keeps_to_its_limit),
     ("nothing_stays_in_a_network_namespace", nothing_stays_in_a_network_namespace),
     ("a_container_reaches_no_port_of_the_host", a_container_reaches_no_port_of_the_host),
 ];
@@ -230,6 +232,30 @@ fn connections_within_the_namespace_reach_the_guest() {
     let refused = shell(&format!("echo hello | ip netns exec {} timeout 10 socat -t 5 - TCP:127.0.0.1:9; true", network.name));
     assert_eq!(refused, "");
     assert_eq!(pod.status().as_deref(), Some("RUNNING"));
+}
+
+/// How much longer than the limit asks for it takes is the machine's affair.
+fn an_interface_keeps_to_its_limit() {
+    let _settings = Config::set("[network]\nmax_mbit = 1\n");
+    let network = Network::new();
+    let (pod, host) = (network.pod(), format!("10.9.{}.1", network.subnet));
+    let listen = |address: &str, to: &str| Command::new("socat").args(["-u", address, to]).spawn().unwrap();
+    let seconds = |script: &str, mut server: Child| {
+        let begin = Instant::now();
+        output(&pod, script);
+        server.wait().unwrap();
+        begin.elapsed()
+    };
+    // Half a megabyte each way takes four seconds.
+    let sent = listen(&format!("TCP-LISTEN:19100,bind={host}"), "CREATE:/dev/null");
+    let sent = seconds(&format!("sleep 1; dd if=/dev/zero bs=65536 count=8 2> /dev/null | nc {host} 19100"), sent);
+    shell("head -c 524288 /dev/zero > /tmp/limited");
+    let received = listen("FILE:/tmp/limited", &format!("TCP-LISTEN:19101,bind={host}"));
+    let received = seconds(&format!("sleep 1; nc {host} 19101 > /dev/null < /dev/null"), received);
+    shell("rm /tmp/limited");
+    for took in [sent, received] {
+        assert!(took >= Duration::from_secs(4), "{took:?}");
+    }
 }
 
 fn the_hosts_own_network_is_refused() {

@@ -114,7 +114,7 @@ fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
                 let mut fds = fds.into_iter().map(File::from);
                 let tap = fds.next().context("a network interface came without its tap")?;
                 let vhost = if nic.vhost { Some(fds.next().context("a network interface came without its server")?) } else { None };
-                running.attach_nic(nic, Attached { tap, vhost })?;
+                running.attach_nic(nic, Attached { tap, vhost, limit: nic.limit })?;
             }
             Request::DetachNic { place } => running.detach_nic(place)?,
             Request::AttachDisk(disk) => {

@@ -58,13 +58,19 @@ fn absolute(value: Value) -> Option<PathBuf> {
     }
 }
 
-fn paths(value: Value) -> Option<Vec<PathBuf>> {
+/// A list, in an annotation with commas between its entries.
+fn list<T>(value: Value, read: impl Fn(String) -> Option<T>) -> Option<Vec<T>> {
     let texts = match value {
         Value::List(texts) => texts,
         Value::Text(text) => text.split(',').map(str::to_owned).collect(),
         Value::Integer(_) | Value::Bool(_) => return None,
     };
-    texts.into_iter().map(|text| absolute(Value::Text(text))).collect()
+    texts.into_iter().map(read).collect()
+}
+
+/// A list as TOML.
+fn quoted_list(texts: impl Iterator<Item = String>) -> String {
+    toml::Value::from(texts.collect::<Vec<_>>()).to_string()
 }
 
 fn text(value: Value, allowed: impl Fn(&str) -> bool) -> Option<String> {
@@ -167,6 +173,34 @@ pub const KEYS: &[Key] = &[
         |c, v| c.network_vhost = boolean(&v)?,
         |c| c.network_vhost.to_string()
     ),
+    key!(
+        "network.max_mbit",
+        "most megabits a second that an interface carries, each way; one with a limit is served by the virtual machine monitor",
+        "0 to 1000000; 0 for no limit",
+        |c, v| c.network_max_mbit = integer(&v, 0, 1_000_000)?,
+        |c| c.network_max_mbit.to_string()
+    ),
+    key!(
+        "network.max_frames",
+        "most frames a second that an interface carries, each way; what the guest has not cut into packets counts as one",
+        "0 to 100000000; 0 for no limit",
+        |c, v| c.network_max_frames = integer(&v, 0, 100_000_000)?,
+        |c| c.network_max_frames.to_string()
+    ),
+    key!(
+        "disk.max_mib",
+        "most MiB a second that are read from and written to a disk, together",
+        "0 to 1000000; 0 for no limit",
+        |c, v| c.disk_max_mib = integer(&v, 0, 1_000_000)?,
+        |c| c.disk_max_mib.to_string()
+    ),
+    key!(
+        "disk.max_requests",
+        "most requests a second to a disk",
+        "0 to 100000000; 0 for no limit",
+        |c, v| c.disk_max_requests = integer(&v, 0, 100_000_000)?,
+        |c| c.disk_max_requests.to_string()
+    ),
     key!("vmm.path", "program of the virtual machine monitor", PATH_ALLOWED, |c, v| c.vmm_path = absolute(v)?, |c| quoted(
         c.vmm_path.display()
     )),
@@ -247,8 +281,8 @@ pub const KEYS: &[Key] = &[
         "fs.mapped_volumes",
         "with fs.id_base, folders of the host or of the container whose volumes' files have those ids on disk as well; in others they are as in the guest",
         "a list of absolute paths (in an annotation with commas between them)",
-        |c, v| c.fs_mapped_volumes = paths(v)?,
-        |c| toml::Value::from(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()).to_string()
+        |c, v| c.fs_mapped_volumes = list(v, |path| absolute(Value::Text(path)))?,
+        |c| quoted_list(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()))
     ),
     key!(
         "fs.threads",

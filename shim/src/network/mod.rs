@@ -24,7 +24,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
 use caisson_protocol::record::NetworkRecord;
-use caisson_protocol::vmm::{NICS, Nic};
+use caisson_protocol::vmm::{NICS, Nic, RateLimit};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
@@ -63,6 +63,7 @@ pub struct Network {
     handle: rtnetlink::Handle,
     /// Whether the host's kernel is to serve interfaces where it can.
     vhost: bool,
+    limit: RateLimit,
     known: tokio::sync::Mutex<Known>,
 }
 
@@ -88,11 +89,12 @@ struct Attached {
 }
 
 impl Network {
-    /// The network in the namespace that `path` names.
+    /// The network in the namespace that `path` names; the host's kernel serves its interfaces where `vhost` says so,
+    /// which knows no limit.
     ///
     /// # Errors
     /// When it cannot be opened, or is the host's own.
-    pub fn open(path: &Path, vhost: bool) -> Result<Self> {
+    pub fn open(path: &Path, vhost: bool, limit: RateLimit) -> Result<Self> {
         let Some(netns) = Netns::open(path)? else {
             bail!("the network namespace {} is the host's own, which a virtual machine cannot share", path.display());
         };
@@ -102,7 +104,7 @@ impl Network {
             rtnetlink::new_connection().context("open a netlink socket")
         })?;
         tokio::spawn(connection);
-        Ok(Self { netns, path: path.to_owned(), handle, vhost, known: tokio::sync::Mutex::default() })
+        Ok(Self { netns, path: path.to_owned(), handle, vhost: vhost && limit.is_none(), limit, known: tokio::sync::Mutex::default() })
     }
 
     /// Attaches interfaces that are new, takes those away that are gone, and tells the guest of every
@@ -167,7 +169,7 @@ impl Network {
         self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
         self.redirect(index, link.index).await.context("redirect what the guest sends")?;
         let server = if self.vhost { vhost_net() } else { None };
-        let nic = Nic { place, mac: link.mac, vhost: server.is_some() };
+        let nic = Nic { place, mac: link.mac, vhost: server.is_some(), limit: self.limit };
         let fds: Vec<BorrowedFd<'_>> = [Some(&tap), server.as_ref()].into_iter().flatten().map(File::as_fd).collect();
         sandbox.vmm.attach_nic(nic, &fds).await?;
         known.attached.insert(link.index, Attached { told: None, place, tap: index });

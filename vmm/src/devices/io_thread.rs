@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use caisson_host::control::Control;
-use caisson_protocol::vmm::{Event, NICS, Offer, Stopped};
+use caisson_protocol::vmm::{Event, NICS, Offer, RateLimit, Stopped};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -102,6 +102,8 @@ pub struct Attached {
     pub tap: File,
     /// `/dev/vhost-net`, when the host's kernel is to serve it.
     pub vhost: Option<File>,
+    /// What may pass each way when it does not.
+    pub limit: RateLimit,
 }
 
 /// A place for a network interface.
@@ -115,7 +117,7 @@ enum NetPlace {
         _server: VhostNet,
     },
     InService {
-        server: NetServer,
+        server: Box<NetServer>,
         /// Whether the tap is in the thread's epoll.
         watched: bool,
     },
@@ -181,7 +183,9 @@ impl IoThread {
 
     fn run(&mut self, control: &Control) -> io::Result<()> {
         loop {
-            let timeout = self.report_added(control)?;
+            let waits = [self.report_added(control)?, self.release_frames()?];
+            // Of two waits the shorter one; -1 is the longest.
+            let timeout = waits.into_iter().filter(|wait| *wait >= 0).min().unwrap_or(-1);
             self.turn(control, timeout)?;
         }
     }
@@ -278,7 +282,7 @@ impl IoThread {
     }
 
     fn activate_net(&mut self, place: usize, activation: Activation) -> io::Result<()> {
-        let Some(NetPlace::Attached(Attached { tap, vhost })) = self.nets.get_mut(place).map(std::mem::take) else {
+        let Some(NetPlace::Attached(Attached { tap, vhost, limit })) = self.nets.get_mut(place).map(std::mem::take) else {
             // It was taken away while its driver came up.
             return Ok(());
         };
@@ -287,12 +291,12 @@ impl IoThread {
             self.nets[place] = NetPlace::ServedOutside { _server: VhostNet::start(device, &tap, &activation)? };
             return Ok(());
         }
-        let server = NetServer::new(activation, tap)?;
+        let server = NetServer::new(activation, tap, limit)?;
         let first = NET_TOKENS * place as u64;
         self.watch(server.rx_kick(), first + NET_RX)?;
         self.watch(server.tx_kick(), first + NET_TX)?;
         self.watch(server.tap(), first + NET_TAP)?;
-        self.nets[place] = NetPlace::InService { server, watched: true };
+        self.nets[place] = NetPlace::InService { server: Box::new(server), watched: true };
         Ok(())
     }
 
@@ -329,6 +333,30 @@ impl IoThread {
             self.epoll.ctl(operation, server.tap().as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
         }
         Ok(())
+    }
+
+    /// Carries frames on that a limit held back until now; how many milliseconds to wait before there are
+    /// more, or -1.
+    fn release_frames(&mut self) -> io::Result<i32> {
+        let now = Instant::now();
+        let mut next: Option<Instant> = None;
+        for place in 0..u64::from(NICS) {
+            for (direction, source) in [NET_TX, NET_TAP].into_iter().enumerate() {
+                if self.held(place, direction).is_some_and(|time| time <= now) {
+                    self.serve_net(place, source - NET_RX)?;
+                }
+                next = next.into_iter().chain(self.held(place, direction)).min();
+            }
+        }
+        // Rounded up, so that the time has come when the wait is over.
+        Ok(next.map_or(-1, |time| i32::try_from(time.saturating_duration_since(now).as_millis()).unwrap_or(i32::MAX - 1) + 1))
+    }
+
+    fn held(&self, place: u64, direction: usize) -> Option<Instant> {
+        match self.nets.get(place as usize) {
+            Some(NetPlace::InService { server, .. }) => server.held()[direction],
+            _ => None,
+        }
     }
 
     /// Tells the shim how far added memory is in use, not too often; how many milliseconds to wait

@@ -13,6 +13,7 @@ pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod serial;
 pub mod vhost;

@@ -14,14 +14,16 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Instant;
 
-use caisson_protocol::vmm::{NIC_HEADER, Nic};
+use caisson_protocol::vmm::{NIC_HEADER, Nic, RateLimit};
 use virtio_queue::{QueueT, Writer};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
 use super::queue::{ActiveQueue, Chain};
+use super::rate::Way;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
 use crate::memory::GuestMemory;
 
@@ -151,6 +153,8 @@ pub struct NetServer {
     waiting: usize,
     /// The interface of the tap was taken away.
     gone: bool,
+    sending: Way,
+    receiving: Way,
     /// Heads of the chains of one frame, with the bytes in each; kept for its allocation.
     used: Vec<(u16, u32)>,
 }
@@ -160,7 +164,7 @@ impl NetServer {
     ///
     /// # Errors
     /// When the activation does not hold two of them.
-    pub fn new(activation: Activation, tap: File) -> io::Result<Self> {
+    pub fn new(activation: Activation, tap: File, limit: RateLimit) -> io::Result<Self> {
         let Ok([rx, tx]) = <[ActiveQueue; 2]>::try_from(activation.queues) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
@@ -174,6 +178,8 @@ impl NetServer {
             incoming: vec![0; MAX_FRAME].into(),
             waiting: 0,
             gone: false,
+            sending: Way::new(limit),
+            receiving: Way::new(limit),
             used: Vec::new(),
         })
     }
@@ -193,17 +199,27 @@ impl NetServer {
         &self.tap
     }
 
-    /// Whether the tap is to be watched: the guest has room, and the interface is still there. A tap
-    /// that is gone is ready for ever.
+    /// Whether the tap is to be watched: the guest has room, no limit holds frames back, and the interface is still
+    /// there. A tap that is gone is ready for ever.
     pub fn wants_frames(&self) -> bool {
-        self.waiting == 0 && !self.gone
+        self.waiting == 0 && !self.gone && self.receiving.held().is_none()
     }
 
-    /// Sends what the guest has made available, at most [`BUDGET`] frames; true when there is more.
+    /// When frames that a limit holds back may pass: those of the guest, those of the host.
+    pub fn held(&self) -> [Option<Instant>; 2] {
+        [self.sending.held(), self.receiving.held()]
+    }
+
+    /// Sends what the guest has made available, at most [`BUDGET`] frames; true when there is more that may pass.
     pub fn transmit(&mut self) -> bool {
         self.tx.clear_kick();
         let mut more = true;
+        let now = Instant::now();
         for _ in 0..BUDGET {
+            if !self.sending.is_open(now) {
+                more = false;
+                break;
+            }
             let Some(chain) = self.tx.next(&self.memory) else {
                 more = false;
                 break;
@@ -212,6 +228,7 @@ impl NetServer {
             if let Some(length) = copy_out(&self.memory, chain, &mut self.outgoing) {
                 // What the host does not take is lost, as on any wire.
                 let _ = self.tap.write(&self.outgoing[..length]);
+                self.sending.pay(length - NIC_HEADER);
             }
             self.tx.give_back(&self.memory, head, 0);
         }
@@ -226,8 +243,12 @@ impl NetServer {
 
     /// Gives the guest what the host has sent, at most [`BUDGET`] frames.
     pub fn receive(&mut self) {
+        let now = Instant::now();
         for _ in 0..BUDGET {
             if self.waiting == 0 {
+                if !self.receiving.is_open(now) {
+                    break;
+                }
                 match self.tap.read(&mut self.incoming) {
                     Ok(length) if length >= NIC_HEADER => self.waiting = length,
                     Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
@@ -240,6 +261,7 @@ impl NetServer {
             if !self.deliver() {
                 break;
             }
+            self.receiving.pay(self.waiting - NIC_HEADER);
             self.waiting = 0;
         }
         self.rx.signal(&self.memory, &self.interrupt);
@@ -342,8 +364,15 @@ mod tests {
             host.set_nonblocking(true).unwrap();
             let interrupt = Arc::new(Interrupt::new().unwrap());
             let activation = Activation { features: FEATURES, queues, memory: memory.clone(), interrupt };
-            let server = NetServer::new(activation, File::from(OwnedFd::from(tap))).unwrap();
+            let server = NetServer::new(activation, File::from(OwnedFd::from(tap)), RateLimit::default()).unwrap();
             Self { memory, host, server }
+        }
+
+        /// With a limit of so many frames a second.
+        fn limit(mut self, operations: u64) -> Self {
+            let limit = RateLimit { operations, ..RateLimit::default() };
+            (self.server.sending, self.server.receiving) = (Way::new(limit), Way::new(limit));
+            self
         }
 
         /// Chains that the driver got back.
@@ -396,6 +425,23 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_holds_frames_back_and_loses_none() {
+        let mut driver = Driver::new(&[(BUFFERS, 64, WRITE); 4], &[(BUFFERS, 20, 0); 4]).limit(1);
+        // A bucket holds a tenth of a frame, and the first frame is owed.
+        assert!(!driver.server.transmit());
+        driver.host.send(&[1; 40]).unwrap();
+        driver.host.send(&[1; 40]).unwrap();
+        driver.server.receive();
+        assert_eq!((driver.used(&driver.server.tx), driver.used(&driver.server.rx)), (1, 1));
+        assert!(!driver.server.wants_frames() && driver.server.held().iter().all(Option::is_some));
+        let mut driver = driver.limit(0);
+        driver.server.transmit();
+        driver.server.receive();
+        assert_eq!((driver.used(&driver.server.tx), driver.used(&driver.server.rx)), (4, 2));
+        assert!(driver.server.wants_frames() && driver.server.held() == [None, None]);
+    }
+
+    #[test]
     fn a_tap_that_is_gone_is_not_watched_any_more() {
         let mut driver = Driver::new(&[(BUFFERS, 64, WRITE)], &[]);
         driver.server.receive();
@@ -412,7 +458,7 @@ mod tests {
         let place = Place::default();
         let net = Net::new(0, place.clone(), commands);
         assert_eq!(net.id(), 0);
-        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], vhost: false };
+        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], vhost: false, limit: RateLimit::default() };
         assert!(place.attach(nic) && !place.attach(nic));
         let mut config = [7; 8];
         net.read_config(0, &mut config);

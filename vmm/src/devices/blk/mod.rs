@@ -241,6 +241,12 @@ impl QueueServer {
     /// Answers requests until the queue is to be let go, of which `woken` tells.
     fn serve(&mut self, backing: &Backing, woken: &EventFd) {
         while !self.stopping.load(Ordering::Acquire) {
+            if let Some(wait) = backing.wait() {
+                // Rounded up, so that the time has come when the wait is over; of a new request it is not cut short.
+                await_ready(&[woken], PollTimeout::try_from(wait.as_millis() + 1).unwrap_or(PollTimeout::MAX));
+                let _ = woken.read();
+                continue;
+            }
             if let Some(chain) = self.queue.next(&self.memory) {
                 let head = chain.head_index();
                 let written = answer(backing, &self.memory, chain);
@@ -248,11 +254,7 @@ impl QueueServer {
                 self.queue.signal(&self.memory, &self.interrupt);
                 continue;
             }
-            // SAFETY: both outlive this turn of the loop.
-            let [kick, wake] = [self.queue.kick(), woken].map(|fd| unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) });
-            let mut ready = [kick, wake].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            // Interrupted, it looks again.
-            let _ = poll(&mut ready, PollTimeout::NONE);
+            await_ready(&[self.queue.kick(), woken], PollTimeout::NONE);
             self.queue.clear_kick();
             // Of an earlier driver, perhaps.
             let _ = woken.read();
@@ -260,15 +262,48 @@ impl QueueServer {
     }
 }
 
+/// Waits until one of these is readable, or for so long, or until a signal comes: who calls looks again.
+fn await_ready(events: &[&EventFd], timeout: PollTimeout) {
+    // SAFETY: they outlive the call.
+    let borrow = |event: &&EventFd| unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    let mut ready: Vec<PollFd<'_>> = events.iter().map(|event| PollFd::new(borrow(event), PollFlags::POLLIN)).collect();
+    let _ = poll(&mut ready, timeout);
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
-    use caisson_protocol::vmm::Event;
+    use caisson_protocol::vmm::{Event, RateLimit};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::request::tests::{DATA, HEADER_AT, STATUS, WRITE, disk, file, queue};
     use super::*;
+
+    #[test]
+    fn a_limit_has_requests_wait_and_a_disk_that_goes_has_not() {
+        let (_shim, control) = Control::pair().unwrap();
+        let control = Arc::new(control);
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let place = Place::default();
+        let mut device = Blk::new(place.clone(), 1);
+        let limit = RateLimit { operations: 1, ..RateLimit::default() };
+        place.attach(Disk { limit, ..disk(false) }, file(), 1, &control).unwrap();
+        let backing = Arc::clone(&lock(&place.0).as_ref().unwrap().backing);
+        let queue = queue(&memory, &[(HEADER_AT, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+        queue.kick().write(1).unwrap();
+        let interrupt = Arc::new(Interrupt::new().unwrap());
+        device.activate(Activation { features: 0, queues: vec![queue], memory: memory.clone(), interrupt }).unwrap();
+        let held = (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            backing.wait().is_some()
+        });
+        let wait = backing.wait().unwrap();
+        assert!(held && wait > Duration::from_millis(100) && wait <= Duration::from_secs(1), "{wait:?}");
+        let begin = Instant::now();
+        assert!(device.reset());
+        assert!(begin.elapsed() < wait, "the reset waited for the limit");
+    }
 
     #[test]
     fn a_disk_serves_one_driver_after_another_until_it_is_taken_away() {

@@ -4,15 +4,18 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{Disk, Event};
 use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::{GuestMemory as _, VolatileSlice};
 
+use crate::devices::lock;
 use crate::devices::queue::Chain;
+use crate::devices::rate::Limiter;
 use crate::memory::GuestMemory;
 
 /// Bytes of what the protocol calls a sector, whatever the disk's own are (5.2.4).
@@ -46,6 +49,8 @@ pub struct Backing {
     generation: AtomicU32,
     read_only: bool,
     serial: [u8; ID_BYTES],
+    /// None without a limit: then the queues do not wait for each other.
+    limiter: Option<Mutex<Limiter>>,
     _farewell: Farewell,
 }
 
@@ -66,6 +71,7 @@ impl Drop for Farewell {
 pub fn answer(backing: &Backing, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
     // A chain that has no place for the outcome cannot be answered.
     let Some(mut request) = Request::read(memory, chain) else { return 0 };
+    backing.pay(total(&request.sent) + total(&request.room));
     let (outcome, written) = match request.serve(backing) {
         Ok(written) => (OK, written),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)) => (UNSUPPORTED, 0),
@@ -198,7 +204,19 @@ impl Backing {
             generation: AtomicU32::new(0),
             read_only: disk.read_only,
             serial,
+            limiter: (!disk.limit.is_none()).then(|| Mutex::new(Limiter::new(disk.limit, Instant::now()))),
             _farewell: Farewell { control, place: disk.place },
+        }
+    }
+
+    /// How long its limit has the next request wait.
+    pub fn wait(&self) -> Option<Duration> {
+        lock(self.limiter.as_ref()?).wait(Instant::now())
+    }
+
+    fn pay(&self, bytes: usize) {
+        if let Some(limiter) = &self.limiter {
+            lock(limiter).pay(bytes);
         }
     }
 
@@ -278,6 +296,7 @@ fn transfer(file: &File, buffers: &[VolatileSlice<'_>], mut offset: i64, call: C
 pub(crate) mod tests {
     use std::io::{Read, Seek, Write};
 
+    use caisson_protocol::vmm::RateLimit;
     use proptest::prelude::*;
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::desc::split::Descriptor;
@@ -296,7 +315,7 @@ pub(crate) mod tests {
     const DISK_BYTES: u64 = 64 << 10;
 
     pub fn disk(read_only: bool) -> Disk {
-        Disk { place: 3, bytes: DISK_BYTES, block_size: 512, read_only, serial: "volume".into() }
+        Disk { place: 3, bytes: DISK_BYTES, block_size: 512, read_only, serial: "volume".into(), limit: RateLimit::default() }
     }
 
     pub fn file() -> File {
