@@ -11,11 +11,24 @@ use anyhow::{Context, Result};
 use crate::node::{self, NodeArgs};
 use crate::{build, test};
 
-/// Prints `NAME VALUE` lines; see [`UNITS`].
-const SCRIPT: &str = include_str!("node/bench.sh");
+/// Scripts that write `NAME VALUE` lines (see [`UNITS`]): of starts, memory and sizes, and of files, disks and the network.
+const STARTS: &str = include_str!("node/bench.sh");
+const DATA: &str = include_str!("node/data.sh");
 
 /// Unit of each figure, by what its name begins with.
-const UNITS: &[(&str, &str)] = &[("start", "ms"), ("run", "ms"), ("phase", "ms"), ("cri-", "ms"), ("memory", "KiB"), ("size", "KiB")];
+const UNITS: &[(&str, &str)] = &[
+    ("start", "ms"),
+    ("run", "ms"),
+    ("phase", "ms"),
+    ("cri-", "ms"),
+    ("memory", "KiB"),
+    ("size", "KiB"),
+    ("rate-", "KiB/s"),
+    ("requests-", "1/s"),
+    ("tree-", "ms"),
+    ("stream-", "Mbit/s"),
+    ("answer-", "µs"),
+];
 /// Ratios: name, ours, the peer's.
 const RATIOS: &[(&str, &str, &str)] = &[
     ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),
@@ -26,6 +39,10 @@ const RATIOS: &[(&str, &str, &str)] = &[
     ("CRI: a hundred execs, one after another / runc", "cri-execs.caisson", "cri-execs.runc"),
     ("CRI: statistics of fifty containers / runc", "cri-stats.caisson", "cri-stats.runc"),
 ];
+/// Figures of data have a ratio each, by these ends of their names.
+const OURS: &str = ".caisson";
+const PEERS: &str = ".runc";
+const DATA_FIGURES: [&str; 5] = ["rate-", "requests-", "tree-", "stream-", "answer-"];
 
 /// What `cargo xtask bench` was asked for.
 #[derive(clap::Args, Clone, Debug)]
@@ -33,6 +50,9 @@ pub struct BenchArgs {
     /// Runs of each figure; the median and the spread are printed
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub runs: u32,
+    /// Measure files, disks and the network beside runc's, instead of starts, memory and sizes
+    #[arg(long)]
+    pub data: bool,
     /// Measure on the instruction clock
     #[arg(long)]
     pub counted: bool,
@@ -45,7 +65,7 @@ pub struct BenchArgs {
 pub fn run(args: &BenchArgs) -> Result<i32> {
     let share = tempfile::tempdir()?;
     let script = share.path().join("bench.sh");
-    std::fs::write(&script, SCRIPT)?;
+    std::fs::write(&script, if args.data { DATA } else { STARTS })?;
     test::build_node_tests(share.path())?;
     let command = ["bash", "/share/bench.sh", &args.runs.to_string()].map(str::to_owned).to_vec();
     let mut node_args = NodeArgs::usual(share.path(), command);
@@ -58,14 +78,15 @@ pub fn run(args: &BenchArgs) -> Result<i32> {
     sh.change_dir(build::source_dir()?);
     let revision = xshell::cmd!(sh, "git describe --always --dirty").quiet().read().unwrap_or_else(|_| "unknown".into());
     let json = serde_json::json!({
-        "revision": revision, "counted": args.counted, "runs": args.runs,
+        "revision": revision, "data": args.data, "counted": args.counted, "runs": args.runs,
         "figures": figures.iter().map(|(name, values)| (name.clone(), serde_json::json!({"median": median(values), "min": values.first(), "max": values.last(), "unit": unit(name)}))).collect::<BTreeMap<_, _>>(),
         "ratios": ratios(&figures).into_iter().collect::<BTreeMap<_, _>>(),
     });
     let text = serde_json::to_string_pretty(&json)?;
     println!("\n{text}");
     // Those of each revision stay, to be compared.
-    let name = format!("target/bench{}-{revision}.json", if args.counted { "-counted" } else { "" });
+    let kind = format!("{}{}", if args.data { "-data" } else { "" }, if args.counted { "-counted" } else { "" });
+    let name = format!("target/bench{kind}-{revision}.json");
     let path = args.json.clone().unwrap_or(build::source_dir()?.join(name));
     std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     eprintln!("{}", path.display());
@@ -95,8 +116,14 @@ fn unit(name: &str) -> &'static str {
     UNITS.iter().find(|(prefix, _)| name.starts_with(prefix)).map_or("", |(_, unit)| unit)
 }
 
-fn ratios(figures: &BTreeMap<String, Vec<f64>>) -> Vec<(&'static str, f64)> {
-    RATIOS.iter().filter_map(|(name, ours, peer)| Some((*name, median(figures.get(*ours)?) / median(figures.get(*peer)?)))).collect()
+fn ratios(figures: &BTreeMap<String, Vec<f64>>) -> Vec<(String, f64)> {
+    let ratio = |ours: &str, peer: &str| Some(median(figures.get(ours)?) / median(figures.get(peer)?));
+    let named = RATIOS.iter().filter_map(|(name, ours, peer)| Some(((*name).to_owned(), ratio(ours, peer)?)));
+    let of_data = figures.keys().filter_map(|name| {
+        let figure = name.strip_suffix(OURS).filter(|figure| DATA_FIGURES.iter().any(|kind| figure.starts_with(kind)))?;
+        Some((format!("{figure} / runc"), ratio(name, &format!("{figure}{PEERS}"))?))
+    });
+    named.chain(of_data).collect()
 }
 
 fn print_table(figures: &BTreeMap<String, Vec<f64>>) {
@@ -123,6 +150,8 @@ mod tests {
     fn the_median_is_of_all_runs_and_ratios_of_medians() {
         let figures = parse("run.caisson 30\nrun.caisson 10\nrun.caisson 20\nrun.runc 10\nnoise\n");
         assert_eq!(median(&figures["run.caisson"]), 20.0);
-        assert_eq!(ratios(&figures), [("ctr run true / runc", 2.0)]);
+        assert_eq!(ratios(&figures), [("ctr run true / runc".to_owned(), 2.0)]);
+        let figures = parse("stream-in.caisson 30\nstream-in.runc 60\nanswer-x.caisson 1\n");
+        assert_eq!(ratios(&figures), [("stream-in / runc".to_owned(), 0.5)]);
     }
 }
