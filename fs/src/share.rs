@@ -34,6 +34,9 @@ use virtiofsd::passthrough::PassthroughFs;
 /// After so long a change is told from the next by its time: file systems count in steps of up to two
 /// seconds, and a file server's clock may be a little behind ours.
 const SETTLED_AFTER: Duration = Duration::from_secs(3);
+/// So many files are remembered, of 64 bytes each: a guest may have any number of them open, and forgetting costs no more
+/// than that they are read again.
+const MOST_OPENED: usize = 65_536;
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
@@ -67,6 +70,9 @@ struct Opened(HashMap<Inode, (Stamp, bool)>);
 impl Opened {
     /// Notes that a file is opened; whether what the guest has of it is what the file holds.
     fn open(&mut self, inode: Inode, stamp: Stamp, now: SystemTime) -> bool {
+        if self.0.len() >= MOST_OPENED && !self.0.contains_key(&inode) {
+            self.0.clear();
+        }
         let known = self.0.insert(inode, (stamp, stamp.is_settled(now)));
         known == Some((stamp, true))
     }
@@ -280,6 +286,17 @@ mod tests {
         // A file from the future, as of a server whose clock is ahead, never settles.
         assert!(!opened.open(2, stamp(500, 5), at(111)));
         assert!(!opened.open(2, stamp(500, 5), at(112)));
+    }
+
+    #[test]
+    fn no_more_files_are_remembered_than_allowed() {
+        let mut opened = Opened::default();
+        for inode in 0..=MOST_OPENED as u64 {
+            assert!(!opened.open(inode, stamp(100, 5), at(200)));
+            assert!(opened.0.len() <= MOST_OPENED);
+        }
+        assert!(opened.open(MOST_OPENED as u64, stamp(100, 5), at(201)), "the last is known");
+        assert!(!opened.open(0, stamp(100, 5), at(201)), "the first is forgotten");
     }
 
     #[test]

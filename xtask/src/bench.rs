@@ -29,7 +29,7 @@ const UNITS: &[(&str, &str)] = &[
     ("stream-", "Mbit/s"),
     ("answer-", "µs"),
 ];
-/// Ratios: name, ours, the peer's.
+/// Ratios that have a name of their own: it, ours, the peer's. Any other figure of ours that has one of runc has a ratio, too.
 const RATIOS: &[(&str, &str, &str)] = &[
     ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),
     ("ctr run true / runc", "run.caisson", "run.runc"),
@@ -39,10 +39,6 @@ const RATIOS: &[(&str, &str, &str)] = &[
     ("CRI: a hundred execs, one after another / runc", "cri-execs.caisson", "cri-execs.runc"),
     ("CRI: statistics of fifty containers / runc", "cri-stats.caisson", "cri-stats.runc"),
 ];
-/// Figures of data have a ratio each, by these ends of their names.
-const OURS: &str = ".caisson";
-const PEERS: &str = ".runc";
-const DATA_FIGURES: [&str; 5] = ["rate-", "requests-", "tree-", "stream-", "answer-"];
 
 /// What `cargo xtask bench` was asked for.
 #[derive(clap::Args, Clone, Debug)]
@@ -119,11 +115,11 @@ fn unit(name: &str) -> &'static str {
 fn ratios(figures: &BTreeMap<String, Vec<f64>>) -> Vec<(String, f64)> {
     let ratio = |ours: &str, peer: &str| Some(median(figures.get(ours)?) / median(figures.get(peer)?));
     let named = RATIOS.iter().filter_map(|(name, ours, peer)| Some(((*name).to_owned(), ratio(ours, peer)?)));
-    let of_data = figures.keys().filter_map(|name| {
-        let figure = name.strip_suffix(OURS).filter(|figure| DATA_FIGURES.iter().any(|kind| figure.starts_with(kind)))?;
-        Some((format!("{figure} / runc"), ratio(name, &format!("{figure}{PEERS}"))?))
+    let others = figures.keys().filter(|name| RATIOS.iter().all(|(_, ours, _)| ours != name)).filter_map(|name| {
+        let figure = name.strip_suffix(".caisson")?;
+        Some((format!("{figure} / runc"), ratio(name, &format!("{figure}.runc"))?))
     });
-    named.chain(of_data).collect()
+    named.chain(others).collect()
 }
 
 fn print_table(figures: &BTreeMap<String, Vec<f64>>) {

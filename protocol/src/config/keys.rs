@@ -58,19 +58,14 @@ fn absolute(value: Value) -> Option<PathBuf> {
     }
 }
 
-/// A list, in an annotation with commas between its entries.
-fn list<T>(value: Value, read: impl Fn(String) -> Option<T>) -> Option<Vec<T>> {
+/// Paths, in an annotation with commas between them.
+fn paths(value: Value) -> Option<Vec<PathBuf>> {
     let texts = match value {
         Value::List(texts) => texts,
         Value::Text(text) => text.split(',').map(str::to_owned).collect(),
         Value::Integer(_) | Value::Bool(_) => return None,
     };
-    texts.into_iter().map(read).collect()
-}
-
-/// A list as TOML.
-fn quoted_list(texts: impl Iterator<Item = String>) -> String {
-    toml::Value::from(texts.collect::<Vec<_>>()).to_string()
+    texts.into_iter().map(|text| absolute(Value::Text(text))).collect()
 }
 
 fn text(value: Value, allowed: impl Fn(&str) -> bool) -> Option<String> {
@@ -281,8 +276,8 @@ pub const KEYS: &[Key] = &[
         "fs.mapped_volumes",
         "with fs.id_base, folders of the host or of the container whose volumes' files have those ids on disk as well; in others they are as in the guest",
         "a list of absolute paths (in an annotation with commas between them)",
-        |c, v| c.fs_mapped_volumes = list(v, |path| absolute(Value::Text(path)))?,
-        |c| quoted_list(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()))
+        |c, v| c.fs_mapped_volumes = paths(v)?,
+        |c| toml::Value::from(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()).to_string()
     ),
     key!(
         "fs.threads",

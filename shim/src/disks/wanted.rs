@@ -45,6 +45,7 @@ pub fn root(container: &str, rootfs: &[Mount]) -> Option<Wanted> {
     file_system(container, ROOT, &mount.type_, source, mount.options.clone())
 }
 
+/// A mount of a file system, when it is one that the guest mounts from a disk by itself.
 pub fn file_system(container: &str, name: &str, kind: &str, source: &str, mut options: Vec<String>) -> Option<Wanted> {
     if !FILE_SYSTEMS.contains(&kind) || !source.starts_with('/') {
         return None;

@@ -8,7 +8,7 @@ use caisson_protocol::vmm::RateLimit;
 const BURST: Duration = Duration::from_millis(100);
 const SECOND_NS: u128 = 1_000_000_000;
 
-/// What may pass in one direction.
+/// What may pass a device, in one direction or in both.
 ///
 /// Whatever comes may pass as long as nothing is owed, and is paid for afterwards: what is larger
 /// than a bucket holds passes as well, and what follows waits the longer.

@@ -15,7 +15,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// A store that is not to happen: how GCC lays it out with what is around it, as bytes with the number of bytes after them
 /// that may be any, and the bytes of which it is one.
@@ -54,13 +54,14 @@ const STORES: [Store; 2] = [
 /// Takes the stores out of a QEMU program.
 ///
 /// # Errors
-/// When the program does not hold each exactly once: it is of another version, which may need no mending.
+/// When the program does not hold each exactly once: it is of another version, which may need no mending. Those that it
+/// holds are taken out all the same.
 pub fn emulator(program: &Path) -> Result<()> {
     let mut bytes = std::fs::read(program).with_context(|| format!("read {}", program.display()))?;
-    for store in &STORES {
-        take_out(&mut bytes, store).with_context(|| format!("mend {}", program.display()))?;
-    }
-    std::fs::write(program, bytes).with_context(|| format!("write {}", program.display()))
+    let left: Vec<String> = STORES.iter().filter_map(|store| take_out(&mut bytes, store).err()).map(|error| error.to_string()).collect();
+    std::fs::write(program, bytes).with_context(|| format!("write {}", program.display()))?;
+    ensure!(left.is_empty(), "mend {}: {}", program.display(), left.join(", "));
+    Ok(())
 }
 
 fn take_out(bytes: &mut [u8], store: &Store) -> Result<()> {
