@@ -15,10 +15,12 @@ use caisson_protocol::vmm::{ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISKS, Disk
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::io_thread::{Attached, Command, Commands, IoThread};
-use crate::devices::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::mmio::{INTERRUPT_ACK, INTERRUPT_QUEUE, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::serial::Serial;
+use crate::devices::window::Windows;
 use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, balloon, blk, fs, mem, net, rng, vsock};
 use crate::memory::{self, GuestMemory, Layout, MMIO_START};
 use crate::vcpus::{Surroundings, Vcpus};
@@ -62,6 +64,8 @@ pub struct Machine {
     commands: Commands,
     places: Places,
     added: Arc<mem::Shared>,
+    acknowledged: EventFd,
+    windows: Windows,
     vm: Arc<VmFd>,
 }
 
@@ -78,6 +82,9 @@ pub struct Running {
     memory: GuestMemory,
     /// The slot and the address of the room for added memory, until KVM knows of it.
     room: Option<(u32, GuestAddress)>,
+    /// Takes the drivers' acknowledgements of what queues interrupted for; nobody reads it.
+    acknowledged: EventFd,
+    _windows: Windows,
     // Closing the VM's descriptor would disconnect every interrupt, whoever else holds the VM.
     vm: Arc<VmFd>,
 }
@@ -94,7 +101,7 @@ impl Running {
         // The tap first: once the device appears its driver may come at any time.
         self.commands.send(Command::AttachTap(index, attached))?;
         ensure!(place.attach(nic), "network interface {index}: its place is taken");
-        Ok(())
+        self.show(FIRST_NIC_DEVICE + nic.place)
     }
 
     /// Takes an interface away.
@@ -103,6 +110,7 @@ impl Running {
     /// When there is no such place.
     pub fn detach_nic(&self, index: u32) -> Result<()> {
         self.nic(index)?.detach();
+        self.show(FIRST_NIC_DEVICE + index)?;
         Ok(self.commands.send(Command::DetachTap(index as usize, None))?)
     }
 
@@ -137,10 +145,16 @@ impl Running {
             return Ok(*kicks);
         }
         let transport = self.bus.transport(device as usize).with_context(|| format!("device {device} does not exist"))?;
-        connect(&self.vm, &transport, &slot(device))?;
+        connect(&self.vm, &transport, &slot(device), &self.acknowledged)?;
         let kicks = transport.kicks().len();
         self.places.connected.insert(device, kicks);
         Ok(kicks)
+    }
+
+    /// Has a device's window show what it is now.
+    fn show(&self, device: u32) -> Result<()> {
+        self.bus.transport(device as usize).with_context(|| format!("device {device} does not exist"))?.show();
+        Ok(())
     }
 
     /// Asks the guest to have so much memory added.
@@ -213,9 +227,11 @@ impl Machine {
             transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
         }
         let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(slot).collect();
+        let windows = show_windows(&vm, memory.num_regions() as u32, &mut transports)?;
+        let acknowledged = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("make an eventfd")?;
         for (device, transport) in (0u32..).zip(&transports) {
             if !is_place(device) {
-                connect(&vm, transport, &slot(device))?;
+                connect(&vm, transport, &slot(device), &acknowledged)?;
             }
         }
         let serial = files.console.map(Serial::new).transpose().context("create the serial console")?;
@@ -230,7 +246,7 @@ impl Machine {
         let vcpus = Vcpus::new(&kvm, Arc::clone(&vm), config)?;
         let first_vcpus = (0..config.vcpus as u8).map(|index| vcpus.make(index, (index == 0).then_some(entry))).collect::<Result<_>>()?;
         let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial)) };
-        Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, vm })
+        Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, windows, vm })
     }
 
     /// Starts the device thread and the vCPUs.
@@ -238,13 +254,13 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be started.
     pub fn start(self) -> Result<Running> {
-        let Self { around, first_vcpus, vcpus, io, commands, places, added, vm } = self;
+        let Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, windows, vm } = self;
         let bus = Arc::clone(&around.bus);
         io.spawn(Arc::clone(&around.control)).context("start the device thread")?;
         let (memory, layout) = (around.memory.clone(), around.layout);
         let room = (layout.added > 0).then(|| (memory.num_regions() as u32 - 1, GuestAddress(layout.added_start())));
         let wanted_vcpus = vcpus.start(first_vcpus, around)?;
-        Ok(Running { commands, places, bus, added, wanted_vcpus, memory, room, vm })
+        Ok(Running { commands, places, bus, added, wanted_vcpus, memory, room, acknowledged, _windows: windows, vm })
     }
 }
 
@@ -299,6 +315,26 @@ fn give_memory(vm: &VmFd, memory: &GuestMemory, slot: u32, start: GuestAddress) 
     unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")
 }
 
+/// Gives the guest the windows of the devices whose registers change by its own doing, as memory that it
+/// cannot write.
+fn show_windows(vm: &VmFd, slot: u32, transports: &mut [MmioTransport]) -> Result<Windows> {
+    let shown = (FIRST_NIC_DEVICE + NICS) as usize;
+    let windows = Windows::new(shown).context("map the register windows")?;
+    for (index, transport) in transports.iter_mut().enumerate().take(shown) {
+        transport.show_in(windows.window(index));
+    }
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: kvm_bindings::KVM_MEM_READONLY,
+        guest_phys_addr: MMIO_START,
+        memory_size: windows.bytes(),
+        userspace_addr: windows.address(),
+    };
+    // SAFETY: the mapping is that of the windows, which are kept with the machine.
+    unsafe { vm.set_user_memory_region(region) }.context("give the VM its register windows")?;
+    Ok(windows)
+}
+
 /// Where a device is, by its number.
 const fn slot(device: u32) -> DeviceSlot {
     let irq = match device.checked_sub(FIRST_DISK_DEVICE) {
@@ -314,10 +350,13 @@ const fn is_place(device: u32) -> bool {
 }
 
 /// Lets KVM deliver a device's notifications and interrupts by eventfd.
-fn connect(vm: &VmFd, transport: &MmioTransport, slot: &DeviceSlot) -> Result<()> {
+fn connect(vm: &VmFd, transport: &MmioTransport, slot: &DeviceSlot, acknowledged: &EventFd) -> Result<()> {
     vm.register_irqfd(transport.interrupt().eventfd(), slot.irq).context("connect a device's interrupt")?;
     for (queue, kick) in (0u32..).zip(transport.kicks()) {
         vm.register_ioevent(kick, &IoEventAddress::Mmio(slot.base + QUEUE_NOTIFY), queue).context("connect a queue's notification")?;
     }
+    // That a queue's interrupt was seen is of no interest: let the guest go on. Whether the configuration was is.
+    let acknowledge = IoEventAddress::Mmio(slot.base + INTERRUPT_ACK);
+    vm.register_ioevent(acknowledged, &acknowledge, INTERRUPT_QUEUE).context("connect a device's acknowledgements")?;
     Ok(())
 }

@@ -16,11 +16,14 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::ActiveQueue;
+use super::window::Window;
 use super::{Activation, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// Register that a driver writes a queue's number to; KVM turns that into an eventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Register by which a driver acknowledges an interrupt, with the reasons that it saw.
+pub const INTERRUPT_ACK: u64 = 0x64;
 
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -33,8 +36,13 @@ const DRIVER_OK: u32 = 4;
 const FEATURES_OK: u32 = 8;
 const NEEDS_RESET: u32 = 64;
 /// Bits of the interrupt status (4.2.2).
-const INTERRUPT_QUEUE: u32 = 1;
+pub const INTERRUPT_QUEUE: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
+/// Registers that can be read, and where the configuration space begins.
+const READABLE: [u64; 15] = [0x00, 0x04, 0x08, 0x0c, 0x10, 0x34, 0x44, 0x60, 0x70, 0xb0, 0xb4, 0xb8, 0xbc, 0xc0, 0xfc];
+const CONFIG: u64 = 0x100;
+/// More of it than any device has that is shown in a window.
+const SHOWN_CONFIG: usize = 64;
 /// Feature bits that every device has (6).
 const VIRTIO_F_INDIRECT_DESC: u32 = 28;
 const VIRTIO_F_EVENT_IDX: u32 = 29;
@@ -71,6 +79,7 @@ pub struct MmioTransport {
     interrupt: Arc<Interrupt>,
     kicks: Vec<EventFd>,
     state: State,
+    window: Option<Window>,
 }
 
 impl MmioTransport {
@@ -82,7 +91,23 @@ impl MmioTransport {
         let queues = device.queue_sizes().len();
         let kicks = (0..queues).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)).collect::<Result<_, _>>()?;
         let state = State { queues: vec![QueueState::default(); queues], ..State::default() };
-        Ok(Self { device, memory, interrupt: Arc::new(Interrupt::new()?), kicks, state })
+        Ok(Self { device, memory, interrupt: Arc::new(Interrupt::new()?), kicks, state, window: None })
+    }
+
+    /// Shows the registers in a window from now on. The device's own changes are shown by [`Self::show`] alone,
+    /// and it must not interrupt for one of its configuration.
+    pub fn show_in(&mut self, window: Window) {
+        self.window = Some(window);
+        self.show();
+    }
+
+    /// Brings the window up to date, if there is one.
+    pub fn show(&self) {
+        let Some(window) = &self.window else { return };
+        let mut config = [0; SHOWN_CONFIG];
+        self.device.read_config(0, &mut config);
+        window.show_bytes(CONFIG, &config);
+        READABLE.iter().for_each(|offset| window.show(*offset, self.register(*offset)));
     }
 
     /// The device's interrupt.
@@ -97,7 +122,7 @@ impl MmioTransport {
 
     /// A read of the registers.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(0x100) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
             self.device.read_config(offset, data);
             return;
         }
@@ -146,11 +171,12 @@ impl MmioTransport {
             0x24 => self.state.driver_features_select = value,
             0x20 if self.state.status & FEATURES_OK == 0 => self.accept_features(value),
             0x30 => self.state.queue_select = value,
-            0x64 if value & INTERRUPT_CONFIG != 0 => self.interrupt.acknowledge_config(),
+            INTERRUPT_ACK if value & INTERRUPT_CONFIG != 0 => self.interrupt.acknowledge_config(),
             0x70 => self.set_status(value),
             0x38 | 0x44 | 0x80 | 0x84 | 0x90 | 0x94 | 0xa0 | 0xa4 if configurable => self.set_queue(offset, value),
-            _ => {}
+            _ => return,
         }
+        self.show();
     }
 
     fn accept_features(&mut self, value: u32) {
@@ -313,6 +339,22 @@ mod tests {
         bring_up(&mut transport, 0x3000);
         set(&mut transport, 0x70, 15);
         assert_eq!((activated.load(Ordering::Relaxed), get(&mut transport, 0x70)), (1, 15));
+    }
+
+    #[test]
+    fn a_window_shows_what_a_read_would_find() {
+        let (mut transport, _) = transport();
+        let windows = super::super::window::Windows::new(2).unwrap();
+        transport.show_in(windows.window(1));
+        bring_up(&mut transport, 0x3000);
+        set(&mut transport, 0x30, 3);
+        #[expect(unsafe_code, reason = "the window is read as the guest reads it, by its address")]
+        // SAFETY: the windows are mapped, and the offset is within the second one.
+        let shown = |offset: u64| unsafe { ((windows.address() + super::super::MMIO_SIZE + offset) as *const u32).read_volatile() };
+        for offset in READABLE.into_iter().chain((CONFIG..CONFIG + 64).step_by(4)) {
+            assert_eq!(shown(offset), get(&mut transport, offset), "{offset:#x}");
+        }
+        assert_eq!((shown(0x70), shown(0x44)), (15, 0), "a queue that is not there is not ready");
     }
 
     #[test]

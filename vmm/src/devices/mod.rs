@@ -19,6 +19,7 @@ pub mod serial;
 pub mod vhost;
 pub mod vhost_net;
 pub mod vsock;
+pub mod window;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
