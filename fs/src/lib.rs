@@ -1,3 +1,4 @@
 //! What `caisson-fs` serves, as a fuzz target tries it, too.
 
+pub mod device;
 pub mod share;

@@ -4,9 +4,9 @@
 //! main: open /proc handles -> jail -> receive FsConfig -> serve until the VMM hangs up
 //! ```
 //!
-//! The FUSE server is that of the virtiofsd project, used as a library. What is ours is where it
-//! runs: a process of its own whose root is the share, without network, without any capability but
-//! those that acting for the share's users needs, behind a system call filter.
+//! The file system is that of the virtiofsd project, used as a library, with a layer of ours around it (`share.rs`) and a
+//! device of ours in front (`device.rs`). It runs in a process of its own whose root is the share, without network,
+//! without any capability but those that acting for the share's users needs, behind a system call filter.
 #![expect(unsafe_code, reason = "the listening socket arrives as a descriptor, which the vhost crate takes by number")]
 
 mod filter;
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use caisson_fs::device::Device;
 use caisson_fs::share::Share;
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
@@ -25,7 +26,6 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use virtiofsd::passthrough::{self, PassthroughFs};
 use virtiofsd::soft_idmap::cmdline::IdMap;
-use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 /// Files that the guest may hold open at once, and inodes that it remembers.
@@ -53,7 +53,7 @@ fn fail(control: &Control, reason: String) -> ! {
     std::process::exit(1);
 }
 
-fn run(control: &Control) -> Result<()> {
+fn run(control: &Arc<Control>) -> Result<()> {
     // The ids are a part of the jail, which comes before the configuration.
     let id_base = std::env::args().nth(1).map(|id| id.parse::<u32>().context("the first id of the host is a number")).transpose()?;
     let ids = id_base.map(|first| first..first.saturating_add(HOST_IDS));
@@ -84,8 +84,11 @@ fn run(control: &Control) -> Result<()> {
         gid_map: unknown,
         ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)
     };
-    let keep = matches!(config.cache, CachePolicy::Auto);
-    serve(socket, fs_config, keep, config.threads)
+    let fs = Share::new(PassthroughFs::new(fs_config).context("open the share")?, matches!(config.cache, CachePolicy::Auto));
+    // Before any thread is started: each has the filter of who starts it.
+    filter::install()?;
+    let witness = Arc::clone(control);
+    serve(socket, Device::new(fs, Duration::from_micros(config.poll_us.into()), config.threads, move |reason| fail(&witness, reason)))
 }
 
 fn nix_umask() {
@@ -121,16 +124,9 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
 }
 
 /// Serves the one conversation on `socket` until the VMM hangs up.
-fn serve(socket: OwnedFd, config: passthrough::Config, keep: bool, threads: usize) -> Result<()> {
-    let fs = Share::new(PassthroughFs::new(config).context("open the share")?, keep);
-    // Before any thread is started: each has the filter of who starts it.
-    filter::install()?;
-    let backend = VhostUserFsBackendBuilder::default()
-        .set_thread_pool_size(threads)
-        .build(fs)
-        .map_err(|error| anyhow::anyhow!("create the virtio-fs device: {error}"))?;
+fn serve(socket: OwnedFd, device: Device<Share>) -> Result<()> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), Arc::new(backend), memory)
+    let mut daemon = VhostUserDaemon::new("caisson-fs".into(), Arc::new(device), memory)
         .map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;
     // SAFETY: the descriptor is ours and given up here; Listener owns it from now on.
     let mut listener = unsafe { Listener::from_raw_fd(socket.into_raw_fd()) };

@@ -18,15 +18,13 @@
 
 use std::collections::HashMap;
 use std::ffi::CStr;
-use std::fs::File;
 use std::io;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use virtiofsd::filesystem::{
-    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SerializableFileSystem, SetattrValid,
-    SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid, SetxattrFlags,
+    ZeroCopyReader, ZeroCopyWriter,
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
@@ -232,21 +230,6 @@ impl FileSystem for Share {
         fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;
         fn lseek(ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
         fn syncfs(ctx: Context, inode: Inode) -> io::Result<()>;
-    }
-}
-
-/// For a migration, which there is none of.
-impl SerializableFileSystem for Share {
-    fn prepare_serialization(&self, cancel: Arc<AtomicBool>) {
-        self.fs.prepare_serialization(cancel);
-    }
-
-    fn serialize(&self, state: File) -> io::Result<()> {
-        self.fs.serialize(state)
-    }
-
-    fn deserialize_and_apply(&self, state: File) -> io::Result<()> {
-        self.fs.deserialize_and_apply(state)
     }
 }
 

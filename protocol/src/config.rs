@@ -88,8 +88,10 @@ pub struct Config {
     pub fs_id_base: u32,
     /// `fs.mapped_volumes`
     pub fs_mapped_volumes: Vec<PathBuf>,
-    /// Worker threads of the virtio-fs server.
+    /// Threads of the virtio-fs server for requests that wait for disks.
     pub fs_threads: u32,
+    /// For so long the virtio-fs server looks for a request before it sleeps, in microseconds.
+    pub fs_poll_us: u32,
     /// From the VMM's start to the agent's answer, in milliseconds.
     pub boot_timeout_ms: u32,
     /// For one call to the agent, in milliseconds.
@@ -134,7 +136,8 @@ impl Default for Config {
             fs_dead_sockets: false,
             fs_id_base: 0,
             fs_mapped_volumes: Vec::new(),
-            fs_threads: 0,
+            fs_threads: 2,
+            fs_poll_us: 1000,
             boot_timeout_ms: 30_000,
             agent_timeout_ms: 30_000,
             health_interval_ms: 10_000,

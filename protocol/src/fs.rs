@@ -14,8 +14,10 @@ pub struct FsConfig {
     pub cache: CachePolicy,
     /// Whether the guest may collect writes before it makes them.
     pub writeback: bool,
-    /// Worker threads, 0 to serve on the queue's own thread.
+    /// Threads for requests that wait for disks, 0 to serve them like the others.
     pub threads: usize,
+    /// For so long the server looks for the guest's next request before it sleeps, in microseconds.
+    pub poll_us: u32,
 }
 
 /// How much the guest may cache.

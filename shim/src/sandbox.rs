@@ -152,7 +152,8 @@ impl Boot<'_> {
         store.add_process("vmm", vmm.pid())?;
 
         self.enter("starting the virtio-fs server");
-        let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads: config.fs_threads as usize };
+        let (threads, poll_us) = (config.fs_threads as usize, config.fs_poll_us);
+        let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads, poll_us };
         let watched = Arc::clone(&vmm);
         let fs = start_fs(&config.fs_path, &store.share(), config.fs_id_base, &fs_config, fs_listener, move |end| async move {
             match end {

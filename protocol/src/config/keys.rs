@@ -281,10 +281,17 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "fs.threads",
-        "worker threads of the virtio-fs server, 0 to serve on the queue's own",
+        "threads of the virtio-fs server for requests that wait for disks (fsync, fallocate, copies), 0 to have all others wait as well",
         "0 to 64",
         |c, v| c.fs_threads = integer(&v, 0, 64)?,
         |c| c.fs_threads.to_string()
+    ),
+    key!(
+        "fs.poll_us",
+        "the longest that the virtio-fs server looks for the guest's next request before it sleeps, in microseconds; it looks for some times as long as requests take",
+        "0 to 10000",
+        |c, v| c.fs_poll_us = integer(&v, 0, 10_000)?,
+        |c| c.fs_poll_us.to_string()
     ),
     key!(
         "timeouts.boot_ms",
