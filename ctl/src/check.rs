@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::settings;
-use caisson_protocol::config::Config;
+use caisson_protocol::config::{Config, NetworkDefault};
 use caisson_sys::mounts::Attributes;
 
 use crate::probe;
@@ -41,7 +41,7 @@ fn all(path: &Path) -> Vec<Check> {
     let config = settings::load(path);
     let effective = config.as_ref().cloned().unwrap_or_default();
     let file = |what, path: &Path, remedy| Check { what, outcome: readable(path), remedy };
-    vec![
+    let mut checks = vec![
         Check {
             what: "configuration",
             outcome: config.map(|_| path.display().to_string()).map_err(Into::into),
@@ -76,7 +76,11 @@ fn all(path: &Path) -> Vec<Check> {
             remedy: "Run `cargo xtask install`; containerd looks for the shim on its own PATH.",
         },
         Check { what: "run folder", outcome: run_dir(&effective), remedy: "Run as root, or set run.dir to a folder that can be written." },
-    ]
+    ];
+    if effective.network_default == NetworkDefault::User {
+        checks.push(file("user-mode network", &effective.network_passt, "Install the package passt, or set network.passt."));
+    }
+    checks
 }
 
 fn readable(path: &Path) -> Result<String> {

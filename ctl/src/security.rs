@@ -4,7 +4,7 @@
 //! Each process of a pod has a list of [`Check`]s by its role; a check reads one thing and says
 //! whether it is as docs/THREAT-MODEL.md promises.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -96,6 +96,17 @@ const FILE_SERVER: &[Check] = &[
     ("executable memory", executable_memory),
 ];
 
+/// passt's own doing, but for the first and the last.
+const NETWORK: &[Check] = &[
+    ("user", user),
+    ("capabilities", capabilities_in_use),
+    ("new privileges", new_privileges),
+    ("system calls", system_calls),
+    ("namespaces", |subject| namespaces(subject, &["user", "mnt", "ipc", "uts"])),
+    ("root folder", empty_root),
+    ("environment", environment),
+];
+
 const SHIM: &[Check] = &[
     ("capabilities", |subject| capabilities(subject, rights::SHIM)),
     ("pod folder", pod_folder),
@@ -146,6 +157,7 @@ fn of_pod(host: &Host, config: &Config, record: &PodRecord) -> Vec<Finding> {
             "vmm" => MONITOR,
             "fs" => FILE_SERVER,
             "shim" => SHIM,
+            "network" => NETWORK,
             _ => continue,
         };
         let Ok((subject, threads)) = look_at(process.pid) else { continue };
@@ -186,23 +198,24 @@ impl Host {
         for pod in pods {
             let alive = pod.processes.iter().filter(|process| records::is_alive(process));
             let jailed = alive.filter(|process| process.role != "shim").filter_map(|process| look_at(process.pid).ok());
-            let mut of_pod: Vec<u64> = Vec::new();
+            let (mut of_pod, mut users_of_pod) = (BTreeSet::new(), BTreeSet::new());
             for (process, threads) in jailed {
-                of_pod.extend(namespaces_of(&process).unwrap_or_default().values());
-                if let Some(status) = threads.first() {
-                    *users.entry(status.ruid).or_default() += 1;
-                }
+                of_pod.extend(namespaces_of(&process).unwrap_or_default().into_values());
+                users_of_pod.extend(threads.first().map(|status| status.ruid));
             }
-            of_pod.sort_unstable();
-            of_pod.dedup();
             of_pod.into_iter().for_each(|namespace| *inhabitants.entry(namespace).or_default() += 1);
+            users_of_pod.into_iter().for_each(|user| *users.entry(user).or_default() += 1);
         }
         Ok(Self { namespaces, inhabitants, users })
     }
 }
 
 fn namespaces_of(process: &Process) -> Result<Namespaces> {
-    Ok(process.namespaces()?.0.into_iter().map(|(kind, namespace)| (kind, namespace.identifier)).collect())
+    let folder = format!("/proc/{}/ns", process.pid());
+    let entries = std::fs::read_dir(&folder).with_context(|| folder.clone())?.flatten();
+    let number = |entry: &std::fs::DirEntry| std::fs::metadata(entry.path()).map(|meta| meta.ino());
+    // One that is made for children has no number before there are any.
+    Ok(entries.filter_map(|entry| Some((entry.file_name(), number(&entry).ok()?))).collect())
 }
 
 fn verdict(holds: bool) -> Verdict {
@@ -223,7 +236,7 @@ fn user(subject: &Subject<'_>) -> Result<Found> {
     };
     let alone = subject.host.users.get(&reserved).copied() == Some(1);
     let (verdict, found) = of_threads(subject, &format!("user and group {reserved}, which no other pod has,"), is_it);
-    Ok(if alone { (verdict, found) } else { (Verdict::Wrong, format!("user {reserved} is that of another process, too")) })
+    Ok(if alone { (verdict, found) } else { (Verdict::Wrong, format!("user {reserved} is that of another pod, too")) })
 }
 
 fn ids_of_its_own(subject: &Subject<'_>) -> Result<Found> {
@@ -245,6 +258,12 @@ fn capabilities(subject: &Subject<'_>, allowed: &[caps::Capability]) -> Result<F
         (0, count) => (Verdict::Ok, format!("{count}, none but those that it needs")),
         (beyond, _) => (Verdict::Wrong, format!("{beyond:#x} beyond those that it needs")),
     })
+}
+
+/// What it could take up by starting a program, it cannot without new privileges.
+fn capabilities_in_use(subject: &Subject<'_>) -> Result<Found> {
+    let none = |thread: &Status| thread.capprm | thread.capeff | thread.capinh | thread.capamb.unwrap_or(0) == 0;
+    Ok(of_threads(subject, "none in use", none))
 }
 
 fn new_privileges(subject: &Subject<'_>) -> Result<Found> {

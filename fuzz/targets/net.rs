@@ -10,6 +10,7 @@ use caisson_fuzz::Input;
 use caisson_fuzz::driver::{Rings, memory, scribble};
 use caisson_protocol::vmm::RateLimit;
 use caisson_vmm::devices::net::NetServer;
+use caisson_vmm::devices::wire::Wire;
 use caisson_vmm::devices::{Activation, Interrupt};
 use libfuzzer_sys::fuzz_target;
 
@@ -25,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
         memory: memory.clone(),
         interrupt: Arc::new(Interrupt::new().expect("an interrupt")),
     };
-    let mut server = NetServer::new(activation, File::from(OwnedFd::from(tap)), RateLimit::default()).expect("two queues");
+    let mut server = NetServer::new(activation, Wire::Tap(File::from(OwnedFd::from(tap))), RateLimit::default()).expect("two queues");
     let mut input = Input(data);
     while !input.is_empty() {
         match input.u8() % 6 {

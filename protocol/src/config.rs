@@ -15,6 +15,7 @@ use std::path::PathBuf;
 pub use self::keys::{KEYS, Key};
 use self::keys::{Value, find, quoted};
 use crate::fs::CachePolicy;
+use crate::publish::Publish;
 use crate::vmm::{MEMORY_MIB, RateLimit, VCPUS};
 
 /// Where the configuration lies; drop-ins are `/etc/caisson/config.toml.d/*.toml` in sorted order.
@@ -29,6 +30,15 @@ pub enum HostNamespaces {
     Refuse,
     /// It gets the pod's.
     Pod,
+}
+
+/// What network a pod has that was given none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkDefault {
+    /// Its loopback interface alone.
+    None,
+    /// One that a program of the host carries over sockets of its own.
+    User,
 }
 
 /// The effective configuration.
@@ -62,6 +72,12 @@ pub struct Config {
     pub uid_base: u32,
     /// Number of user ids for VMMs.
     pub uid_count: u32,
+    /// What a pod has that was given no network.
+    pub network_default: NetworkDefault,
+    /// The program of a user-mode network.
+    pub network_passt: PathBuf,
+    /// Ports of the host that lead into a pod with a user-mode network.
+    pub network_publish: Vec<Publish>,
     /// Whether the host's kernel serves network interfaces where it can.
     pub network_vhost: bool,
     /// Most megabits a second of an interface, each way; 0 for no limit.
@@ -123,6 +139,9 @@ impl Default for Config {
             vmm_path: "/usr/libexec/caisson/caisson-vmm".into(),
             uid_base: 1_500_000_000,
             uid_count: 65_536,
+            network_default: NetworkDefault::None,
+            network_passt: "/usr/bin/passt".into(),
+            network_publish: Vec::new(),
             network_vhost: true,
             network_max_mbit: 0,
             network_max_frames: 0,

@@ -20,6 +20,7 @@ pub mod fs;
 pub mod guest;
 pub mod options;
 pub mod owner;
+pub mod publish;
 pub mod record;
 pub mod vmm;
 

@@ -42,8 +42,8 @@ pub enum Request {
         /// Its place, which is empty afterwards.
         place: u32,
     },
-    /// Put a network interface into an empty place. File descriptor: a tap whose frames begin with
-    /// a virtio header of [`NIC_HEADER`] bytes, not blocking; and `/dev/vhost-net` with [`Nic::vhost`].
+    /// Put a network interface into an empty place. File descriptor, not blocking: a tap whose frames begin with
+    /// a virtio header of [`NIC_HEADER`] bytes, or with [`Nic::stream`] a socket; and `/dev/vhost-net` with [`Nic::vhost`].
     AttachNic(Nic),
     /// Put a disk into an empty place. File descriptor: the block device or file, readable, and writable
     /// unless it is [`Disk::read_only`].
@@ -87,6 +87,8 @@ pub struct Nic {
     pub place: u32,
     /// Its address.
     pub mac: [u8; 6],
+    /// Whether its frames go over a stream socket, each behind its length, and not through a tap.
+    pub stream: bool,
     /// Whether the host's kernel serves it, which knows no limits.
     pub vhost: bool,
     /// What may pass each way.

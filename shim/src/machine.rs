@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use caisson_host::{records, settings};
 use caisson_protocol::VERSION;
-use caisson_protocol::config::{self, Config};
+use caisson_protocol::config::{self, Config, NetworkDefault};
 use caisson_protocol::fs::HOST_IDS;
 use caisson_protocol::record::PodRecord;
 use tokio::sync::OnceCell;
@@ -45,6 +45,8 @@ pub struct Machine {
     pub config: Config,
     /// The interfaces of the pod's network namespace; none for a pod that has only its own.
     network: OnceCell<Arc<Network>>,
+    /// Whether it has one that a program of the host carries instead.
+    user_network: bool,
     /// Its disks.
     pub disks: Disks,
     /// Where kubelet has the output of its containers.
@@ -93,6 +95,7 @@ impl Machine {
                 name: name.clone(),
                 sandbox,
                 store,
+                user_network: config.network_default == NetworkDefault::User && spec.network_namespace().is_none(),
                 disks: Disks::new(config.disk_limit()),
                 config,
                 network: OnceCell::new(),
@@ -100,9 +103,7 @@ impl Machine {
                 resizing: tokio::sync::Mutex::default(),
                 failed: AtomicBool::new(false),
             };
-            if let Some(path) = spec.network_namespace() {
-                machine.connect(path).await.inspect_err(|_| machine.sandbox.kill("its network could not be set up"))?;
-            }
+            machine.connect_first(spec).await.inspect_err(|_| machine.sandbox.kill("its network could not be set up"))?;
             anyhow::Ok(Arc::new(machine))
         };
         match booted.await {
@@ -111,6 +112,18 @@ impl Machine {
                 undo(name, &config);
                 Err(Error::Failed(error.context(format!("boot pod {}", name.id))))
             }
+        }
+    }
+
+    /// Gives the guest the network that the pod was given, or that the configuration has for pods without.
+    async fn connect_first(&self, spec: &Spec) -> anyhow::Result<()> {
+        match spec.network_namespace() {
+            Some(path) => self.connect(path).await,
+            None if self.user_network => {
+                let connected = network::user::connect(&self.config, &self.store, spec, &self.sandbox).await;
+                connected.context("give the pod a network of its own (network.default)")
+            }
+            None => Ok(()),
         }
     }
 
@@ -133,6 +146,7 @@ impl Machine {
     /// What of the network could not be set up.
     pub async fn connect_late(&self) -> anyhow::Result<()> {
         match network::filled_namespace(self.sandbox.vmm.pid()) {
+            Some(_) if self.user_network => anyhow::bail!("a CNI plugin made the pod a network, but it has one already (network.default)"),
             Some(path) if !self.network.initialized() => self.connect(&path).await,
             _ => Ok(()),
         }

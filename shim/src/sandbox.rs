@@ -322,7 +322,7 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
 ///
 /// # Errors
 /// When they cannot be moved.
-async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
+pub async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
     for pid in pids {
         // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
         std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").with_context(|| format!("set the OOM score of process {pid}"))?;

@@ -22,7 +22,7 @@ const SYS_ADMIN: u32 = 21;
 const DANGEROUS: [(&str, u32); 5] = [("NET_RAW", 13), ("SYS_MODULE", 16), ("SYS_RAWIO", 17), ("SYS_BOOT", 22), ("SYS_TIME", 25)];
 
 /// A field of a process's status.
-fn status(pid: u32, field: &str) -> String {
+pub fn status(pid: u32, field: &str) -> String {
     shell(&format!("sed -n 's/^{field}:\\s*//p' /proc/{pid}/status"))
 }
 

@@ -25,6 +25,7 @@ mod resize;
 mod sequences;
 mod streaming;
 mod tools;
+mod user_network;
 mod volumes;
 
 use std::sync::Mutex;
@@ -99,6 +100,7 @@ fn main() {
                 owners::ALONE,
                 tools::ALONE,
                 pods::ALONE,
+                user_network::ALONE,
                 volumes::ALONE,
                 disks::ALONE,
                 deploy::ALONE,

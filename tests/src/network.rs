@@ -70,13 +70,13 @@ impl Drop for Network {
 }
 
 /// Standard output of a command in a pod that must succeed.
-fn output(pod: &Pod, script: &str) -> String {
+pub fn output(pod: &Pod, script: &str) -> String {
     let output = pod.exec(&[], &["sh", "-c", script]);
     assert_eq!(output.code, 0, "{script}: {output:?}");
     output.stdout
 }
 
-fn assert_contains(text: &str, parts: &[&str]) {
+pub fn assert_contains(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in {text}");
     }

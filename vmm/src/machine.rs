@@ -98,8 +98,8 @@ impl Running {
         let index = nic.place as usize;
         let place = self.nic(nic.place)?.clone();
         self.connect(FIRST_NIC_DEVICE + nic.place)?;
-        // The tap first: once the device appears its driver may come at any time.
-        self.commands.send(Command::AttachTap(index, attached))?;
+        // The wire first: once the device appears its driver may come at any time.
+        self.commands.send(Command::AttachNic(index, attached))?;
         ensure!(place.attach(nic), "network interface {index}: its place is taken");
         self.show(FIRST_NIC_DEVICE + nic.place)
     }
@@ -111,7 +111,7 @@ impl Running {
     pub fn detach_nic(&self, index: u32) -> Result<()> {
         self.nic(index)?.detach();
         self.show(FIRST_NIC_DEVICE + index)?;
-        Ok(self.commands.send(Command::DetachTap(index as usize, None))?)
+        Ok(self.commands.send(Command::DetachNic(index as usize, None))?)
     }
 
     fn nic(&self, index: u32) -> Result<&net::Place> {

@@ -16,6 +16,7 @@ use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
 use caisson_vmm::devices::io_thread::{Attached, Command};
+use caisson_vmm::devices::wire::{Stream, Wire};
 use caisson_vmm::machine::{BootFiles, Machine, Running};
 use caisson_vmm::{filters, machine};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -112,9 +113,10 @@ fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
             Request::Withdraw { port } => running.commands.send(Command::Withdraw(port))?,
             Request::AttachNic(nic) => {
                 let mut fds = fds.into_iter().map(File::from);
-                let tap = fds.next().context("a network interface came without its tap")?;
+                let file = fds.next().context("a network interface came without its wire")?;
+                let wire = if nic.stream { Wire::Stream(Stream::new(file)) } else { Wire::Tap(file) };
                 let vhost = if nic.vhost { Some(fds.next().context("a network interface came without its server")?) } else { None };
-                running.attach_nic(nic, Attached { tap, vhost, limit: nic.limit })?;
+                running.attach_nic(nic, Attached { wire, vhost, limit: nic.limit })?;
             }
             Request::DetachNic { place } => running.detach_nic(place)?,
             Request::AttachDisk(disk) => {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Config, HostNamespaces};
+use super::{Config, HostNamespaces, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::vmm::{MEMORY_MIB, VCPUS};
 
@@ -58,14 +58,19 @@ fn absolute(value: Value) -> Option<PathBuf> {
     }
 }
 
-/// Paths, in an annotation with commas between them.
-fn paths(value: Value) -> Option<Vec<PathBuf>> {
+/// A list, in an annotation with commas between its entries.
+fn list<T>(value: Value, read: impl Fn(String) -> Option<T>) -> Option<Vec<T>> {
     let texts = match value {
         Value::List(texts) => texts,
         Value::Text(text) => text.split(',').map(str::to_owned).collect(),
         Value::Integer(_) | Value::Bool(_) => return None,
     };
-    texts.into_iter().map(|text| absolute(Value::Text(text))).collect()
+    texts.into_iter().map(read).collect()
+}
+
+/// A list as TOML.
+fn quoted_list(texts: impl Iterator<Item = String>) -> String {
+    toml::Value::from(texts.collect::<Vec<_>>()).to_string()
 }
 
 fn text(value: Value, allowed: impl Fn(&str) -> bool) -> Option<String> {
@@ -160,6 +165,28 @@ pub const KEYS: &[Key] = &[
         "true or false",
         |c, v| c.report_free_memory = boolean(&v)?,
         |c| c.report_free_memory.to_string()
+    ),
+    key!(
+        "network.default",
+        "the network of a pod that was given none: its loopback interface alone, or one that passt(1) carries over sockets of the host",
+        "\"none\" or \"user\"",
+        |c, v| c.network_default = match v {
+            Value::Text(t) if t == "none" => NetworkDefault::None,
+            Value::Text(t) if t == "user" => NetworkDefault::User,
+            _ => return None,
+        },
+        |c| quoted(match c.network_default {
+            NetworkDefault::None => "none",
+            NetworkDefault::User => "user",
+        })
+    ),
+    key!("network.passt", "that program", PATH_ALLOWED, |c, v| c.network_passt = absolute(v)?, |c| quoted(c.network_passt.display())),
+    key!(
+        "network.publish",
+        "ports of the host that lead into a pod with such a network",
+        "a list of at most 64 [ADDRESS:]HOST-PORT:PORT[/tcp|/udp] (in an annotation with commas between them)",
+        |c, v| c.network_publish = list(v, |entry| entry.parse().ok()).filter(|list| list.len() <= 64)?,
+        |c| quoted_list(c.network_publish.iter().map(ToString::to_string))
     ),
     key!(
         "network.vhost",
@@ -276,8 +303,8 @@ pub const KEYS: &[Key] = &[
         "fs.mapped_volumes",
         "with fs.id_base, folders of the host or of the container whose volumes' files have those ids on disk as well; in others they are as in the guest",
         "a list of absolute paths (in an annotation with commas between them)",
-        |c, v| c.fs_mapped_volumes = paths(v)?,
-        |c| toml::Value::from(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()).collect::<Vec<_>>()).to_string()
+        |c, v| c.fs_mapped_volumes = list(v, |path| absolute(Value::Text(path)))?,
+        |c| quoted_list(c.fs_mapped_volumes.iter().map(|path| path.display().to_string()))
     ),
     key!(
         "fs.threads",
@@ -336,7 +363,7 @@ pub const KEYS: &[Key] = &[
             Value::List(names) if names.iter().all(|name| find(name).is_some()) => names,
             _ => return None,
         },
-        |c| toml::Value::from(c.annotations_allowed.clone()).to_string()
+        |c| quoted_list(c.annotations_allowed.iter().cloned())
     ),
 ];
 

@@ -13,6 +13,7 @@
 mod forward;
 mod netns;
 mod steer;
+pub mod user;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -169,7 +170,7 @@ impl Network {
         self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
         self.redirect(index, link.index).await.context("redirect what the guest sends")?;
         let server = if self.vhost { vhost_net() } else { None };
-        let nic = Nic { place, mac: link.mac, vhost: server.is_some(), limit: self.limit };
+        let nic = Nic { place, mac: link.mac, stream: false, vhost: server.is_some(), limit: self.limit };
         let fds: Vec<BorrowedFd<'_>> = [Some(&tap), server.as_ref()].into_iter().flatten().map(File::as_fd).collect();
         sandbox.vmm.attach_nic(nic, &fds).await?;
         known.attached.insert(link.index, Attached { told: None, place, tap: index });

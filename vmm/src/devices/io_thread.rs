@@ -22,7 +22,8 @@ use super::rng::RngServer;
 use super::vhost_net::VhostNet;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
-use super::{Activation, mem, net};
+use super::wire::Wire;
+use super::{Activation, mem, wire};
 use crate::filters;
 use crate::machine::stop;
 
@@ -38,7 +39,7 @@ const VSOCK_TX: u64 = 3;
 /// Of a network interface: these and three more for each interface before it.
 const NET_RX: u64 = 4;
 const NET_TX: u64 = 5;
-const NET_TAP: u64 = 6;
+const NET_WIRE: u64 = 6;
 const NET_TOKENS: u64 = 3;
 const NET_END: u64 = NET_RX + NET_TOKENS * NICS as u64;
 const MEM_QUEUE: u64 = NET_END;
@@ -70,10 +71,10 @@ pub enum Command {
     CloseSource(u32),
     /// Take an offer back, or break its stream.
     Withdraw(u32),
-    /// The tap of a network interface, and the kernel's server for it, before its driver is ready.
-    AttachTap(usize, Attached),
+    /// The wire of a network interface, and the kernel's server for it, before its driver is ready.
+    AttachNic(usize, Attached),
     /// Let go of a network interface; who waits for that hears of it.
-    DetachTap(usize, Option<Sender<()>>),
+    DetachNic(usize, Option<Sender<()>>),
     /// Another size of added memory is requested.
     MemoryRequested,
 }
@@ -99,8 +100,8 @@ impl Commands {
 /// What a network interface is attached by.
 pub struct Attached {
     /// Where its frames go, not blocking.
-    pub tap: File,
-    /// `/dev/vhost-net`, when the host's kernel is to serve it.
+    pub wire: Wire,
+    /// `/dev/vhost-net`, when the host's kernel is to serve it, which takes a tap alone.
     pub vhost: Option<File>,
     /// What may pass each way when it does not.
     pub limit: RateLimit,
@@ -118,7 +119,7 @@ enum NetPlace {
     },
     InService {
         server: Box<NetServer>,
-        /// Whether the tap is in the thread's epoll.
+        /// Whether the wire is in the thread's epoll.
         watched: bool,
     },
 }
@@ -237,12 +238,12 @@ impl IoThread {
                 Command::Offer(offer, fds) => self.muxer.offer(offer, fds)?,
                 Command::CloseSource(port) => self.muxer.close_source(port),
                 Command::Withdraw(port) => self.muxer.withdraw(port),
-                Command::AttachTap(place, attached) => {
+                Command::AttachNic(place, attached) => {
                     if let Some(place @ NetPlace::Empty) = self.nets.get_mut(place) {
                         *place = NetPlace::Attached(attached);
                     }
                 }
-                Command::DetachTap(place, done) => {
+                Command::DetachNic(place, done) => {
                     self.detach_net(place)?;
                     if let Some(done) = done {
                         // It may have stopped to wait.
@@ -282,20 +283,22 @@ impl IoThread {
     }
 
     fn activate_net(&mut self, place: usize, activation: Activation) -> io::Result<()> {
-        let Some(NetPlace::Attached(Attached { tap, vhost, limit })) = self.nets.get_mut(place).map(std::mem::take) else {
+        let Some(NetPlace::Attached(Attached { wire, vhost, limit })) = self.nets.get_mut(place).map(std::mem::take) else {
             // It was taken away while its driver came up.
             return Ok(());
         };
-        net::set_offloads(&tap, activation.features)?;
-        if let Some(device) = vhost {
-            self.nets[place] = NetPlace::ServedOutside { _server: VhostNet::start(device, &tap, &activation)? };
-            return Ok(());
+        if let Wire::Tap(tap) = &wire {
+            wire::set_offloads(tap, activation.features)?;
+            if let Some(device) = vhost {
+                self.nets[place] = NetPlace::ServedOutside { _server: VhostNet::start(device, tap, &activation)? };
+                return Ok(());
+            }
         }
-        let server = NetServer::new(activation, tap, limit)?;
+        let server = NetServer::new(activation, wire, limit)?;
         let first = NET_TOKENS * place as u64;
         self.watch(server.rx_kick(), first + NET_RX)?;
         self.watch(server.tx_kick(), first + NET_TX)?;
-        self.watch(server.tap(), first + NET_TAP)?;
+        self.watch(server.wire(), first + NET_WIRE)?;
         self.nets[place] = NetPlace::InService { server: Box::new(server), watched: true };
         Ok(())
     }
@@ -304,8 +307,8 @@ impl IoThread {
     /// the epoll by our word.
     fn detach_net(&mut self, place: usize) -> io::Result<()> {
         let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place).map(std::mem::take) else { return Ok(()) };
-        let tap = watched.then(|| server.tap().as_raw_fd());
-        for fd in [Some(server.rx_kick().as_raw_fd()), Some(server.tx_kick().as_raw_fd()), tap].into_iter().flatten() {
+        let wire = watched.then(|| server.wire().as_raw_fd());
+        for fd in [Some(server.rx_kick().as_raw_fd()), Some(server.tx_kick().as_raw_fd()), wire].into_iter().flatten() {
             self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())?;
         }
         Ok(())
@@ -324,13 +327,15 @@ impl IoThread {
             NET_RX => server.room(),
             _ => {}
         }
-        server.receive();
-        // A tap that nobody can take from would keep the thread awake.
+        if server.receive() {
+            server.rx_kick().write(1)?;
+        }
+        // A wire that nobody can take from would keep the thread awake.
         if server.wants_frames() != *watched {
             *watched = server.wants_frames();
             let operation = if *watched { ControlOperation::Add } else { ControlOperation::Delete };
-            let token = NET_TAP + NET_TOKENS * place;
-            self.epoll.ctl(operation, server.tap().as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
+            let token = NET_WIRE + NET_TOKENS * place;
+            self.epoll.ctl(operation, server.wire().as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
         }
         Ok(())
     }
@@ -341,7 +346,7 @@ impl IoThread {
         let now = Instant::now();
         let mut next: Option<Instant> = None;
         for place in 0..u64::from(NICS) {
-            for (direction, source) in [NET_TX, NET_TAP].into_iter().enumerate() {
+            for (direction, source) in [NET_TX, NET_WIRE].into_iter().enumerate() {
                 if self.held(place, direction).is_some_and(|time| time <= now) {
                     self.serve_net(place, source - NET_RX)?;
                 }

@@ -1,4 +1,4 @@
-//! The network device (virtio 1.2, 5.1): Ethernet frames between the guest and a tap interface.
+//! The network device (virtio 1.2, 5.1): Ethernet frames between the guest and a wire of the host.
 //!
 //! A pod's interfaces are known only when containerd's CNI plugins have made them, which may be
 //! after the boot. So each machine has a few empty places for them: until an interface is attached
@@ -6,13 +6,12 @@
 //! Then the agent makes its kernel look again, and finds a device with the interface's own address.
 //!
 //! ```text
-//! empty -> attached (id 1, a tap waits) -> in service (the driver is ready)
+//! empty -> attached (id 1, a wire waits) -> in service (the driver is ready)
 //!   ^------------- detached <---------------'- reset by the driver
 //! ```
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, ErrorKind, Read, Write};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
@@ -24,6 +23,7 @@ use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
 use super::queue::{ActiveQueue, Chain};
 use super::rate::Way;
+use super::wire::Wire;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
 use crate::memory::GuestMemory;
 
@@ -32,43 +32,32 @@ const DEVICE_ID: u32 = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 /// Feature bits (5.1.3).
 const F_CSUM: u32 = 0;
-const F_GUEST_CSUM: u32 = 1;
+pub(super) const F_GUEST_CSUM: u32 = 1;
 const F_MAC: u32 = 5;
-const F_GUEST_TSO4: u32 = 7;
-const F_GUEST_TSO6: u32 = 8;
-const F_GUEST_ECN: u32 = 9;
+pub(super) const F_GUEST_TSO4: u32 = 7;
+pub(super) const F_GUEST_TSO6: u32 = 8;
+pub(super) const F_GUEST_ECN: u32 = 9;
 const F_HOST_TSO4: u32 = 11;
 const F_HOST_TSO6: u32 = 12;
 const F_HOST_ECN: u32 = 13;
 const F_MRG_RXBUF: u32 = 15;
-const FEATURES: u64 = QUEUE_FEATURES
-    | 1 << F_CSUM
+/// What each wire can do, and what one can whose frames have a header.
+const FEATURES: u64 = QUEUE_FEATURES | 1 << F_MAC | 1 << F_MRG_RXBUF;
+const OFFLOADS: u64 = 1 << F_CSUM
     | 1 << F_GUEST_CSUM
-    | 1 << F_MAC
     | 1 << F_GUEST_TSO4
     | 1 << F_GUEST_TSO6
     | 1 << F_GUEST_ECN
     | 1 << F_HOST_TSO4
     | 1 << F_HOST_TSO6
-    | 1 << F_HOST_ECN
-    | 1 << F_MRG_RXBUF;
+    | 1 << F_HOST_ECN;
 
 /// Where the header holds the number of buffers.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 /// The largest frame: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
-const MAX_FRAME: usize = NIC_HEADER + 14 + 2 * 4 + (64 << 10);
+pub const MAX_FRAME: usize = NIC_HEADER + 14 + 2 * 4 + (64 << 10);
 /// Frames each way before the thread looks after its other work.
 const BUDGET: usize = 64;
-
-nix::ioctl_write_int!(
-    /// `TUNSETOFFLOAD` (linux/if_tun.h): what the reader of a tap can take.
-    tun_set_offload, b'T', 208
-);
-/// Offloads of a tap (linux/if_tun.h).
-const TUN_F_CSUM: u64 = 1;
-const TUN_F_TSO4: u64 = 2;
-const TUN_F_TSO6: u64 = 4;
-const TUN_F_TSO_ECN: u64 = 8;
 
 /// A place for an interface, shared by the device's front and the thread that attaches.
 #[derive(Clone, Default)]
@@ -115,7 +104,8 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        FEATURES
+        let stream = lock(&self.place.0).is_some_and(|nic| nic.stream);
+        if stream { FEATURES } else { FEATURES | OFFLOADS }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -129,29 +119,29 @@ impl VirtioDevice for Net {
         self.thread.send(command).map_err(|source| ActivateError { device: "net", source })
     }
 
-    /// The interface is gone then, with its tap.
+    /// The interface is gone then, with its wire.
     fn reset(&mut self) -> bool {
         self.place.detach();
         let (done, gone) = mpsc::channel();
         // A thread that is gone serves nothing any more.
-        let _ = self.thread.send(Command::DetachTap(self.index, Some(done)));
+        let _ = self.thread.send(Command::DetachNic(self.index, Some(done)));
         let _ = gone.recv();
         true
     }
 }
 
-/// The queues of an interface in service, and its tap.
+/// The queues of an interface in service, and its wire.
 pub struct NetServer {
     rx: ActiveQueue,
     tx: ActiveQueue,
     memory: GuestMemory,
     interrupt: Arc<Interrupt>,
-    tap: File,
+    wire: Wire,
     outgoing: Box<[u8]>,
     incoming: Box<[u8]>,
     /// Bytes in `incoming` that the guest had no room for.
     waiting: usize,
-    /// The interface of the tap was taken away.
+    /// The wire was taken away.
     gone: bool,
     sending: Way,
     receiving: Way,
@@ -164,16 +154,16 @@ impl NetServer {
     ///
     /// # Errors
     /// When the activation does not hold two of them.
-    pub fn new(activation: Activation, tap: File, limit: RateLimit) -> io::Result<Self> {
+    pub fn new(activation: Activation, wire: Wire, limit: RateLimit) -> io::Result<Self> {
         let Ok([rx, tx]) = <[ActiveQueue; 2]>::try_from(activation.queues) else {
-            return Err(io::ErrorKind::InvalidInput.into());
+            return Err(ErrorKind::InvalidInput.into());
         };
         Ok(Self {
             rx,
             tx,
             memory: activation.memory,
             interrupt: activation.interrupt,
-            tap,
+            wire,
             outgoing: vec![0; MAX_FRAME].into(),
             incoming: vec![0; MAX_FRAME].into(),
             waiting: 0,
@@ -195,12 +185,12 @@ impl NetServer {
     }
 
     /// Readable when the host has sent frames.
-    pub fn tap(&self) -> &File {
-        &self.tap
+    pub fn wire(&self) -> &File {
+        self.wire.file()
     }
 
-    /// Whether the tap is to be watched: the guest has room, no limit holds frames back, and the interface is still
-    /// there. A tap that is gone is ready for ever.
+    /// Whether the wire is to be watched: the guest has room, no limit holds frames back, and the interface is still
+    /// there. A wire that is gone is ready for ever.
     pub fn wants_frames(&self) -> bool {
         self.waiting == 0 && !self.gone && self.receiving.held().is_none()
     }
@@ -226,8 +216,7 @@ impl NetServer {
             };
             let head = chain.head_index();
             if let Some(length) = copy_out(&self.memory, chain, &mut self.outgoing) {
-                // What the host does not take is lost, as on any wire.
-                let _ = self.tap.write(&self.outgoing[..length]);
+                self.wire.send(&mut self.outgoing[..length]);
                 self.sending.pay(length - NIC_HEADER);
             }
             self.tx.give_back(&self.memory, head, 0);
@@ -241,18 +230,19 @@ impl NetServer {
         self.rx.clear_kick();
     }
 
-    /// Gives the guest what the host has sent, at most [`BUDGET`] frames.
-    pub fn receive(&mut self) {
+    /// Gives the guest what the host has sent, at most [`BUDGET`] frames; true when there is more of which the wire does not
+    /// tell.
+    pub fn receive(&mut self) -> bool {
         let now = Instant::now();
         for _ in 0..BUDGET {
             if self.waiting == 0 {
                 if !self.receiving.is_open(now) {
                     break;
                 }
-                match self.tap.read(&mut self.incoming) {
-                    Ok(length) if length >= NIC_HEADER => self.waiting = length,
-                    Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
-                    _ => {
+                match self.wire.receive(&mut self.incoming) {
+                    Ok(length) => self.waiting = length,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(_) => {
                         self.gone = true;
                         break;
                     }
@@ -265,6 +255,7 @@ impl NetServer {
             self.waiting = 0;
         }
         self.rx.signal(&self.memory, &self.interrupt);
+        self.wants_frames() && self.wire.has_frame()
     }
 
     /// Puts the waiting frame into as many chains as it needs; false when there are too few.
@@ -306,19 +297,6 @@ fn copy_out(memory: &GuestMemory, chain: Chain<'_>, frame: &mut [u8]) -> Option<
     }
     reader.read_exact(&mut frame[..length]).ok()?;
     Some(length)
-}
-
-/// Tells a tap what the driver can take, by the features that it accepted.
-///
-/// # Errors
-/// When the tap cannot do without what the driver cannot take.
-#[expect(unsafe_code, reason = "an ioctl without a safe wrapper")]
-pub fn set_offloads(tap: &File, features: u64) -> io::Result<()> {
-    let pairs = [(F_GUEST_CSUM, TUN_F_CSUM), (F_GUEST_TSO4, TUN_F_TSO4), (F_GUEST_TSO6, TUN_F_TSO6), (F_GUEST_ECN, TUN_F_TSO_ECN)];
-    let offloads = pairs.iter().filter(|(feature, _)| features & (1 << feature) != 0).fold(0, |all, (_, offload)| all | offload);
-    // SAFETY: the ioctl takes a number and touches no memory of ours.
-    unsafe { tun_set_offload(tap.as_raw_fd(), offloads) }?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -363,8 +341,8 @@ mod tests {
             tap.set_nonblocking(true).unwrap();
             host.set_nonblocking(true).unwrap();
             let interrupt = Arc::new(Interrupt::new().unwrap());
-            let activation = Activation { features: FEATURES, queues, memory: memory.clone(), interrupt };
-            let server = NetServer::new(activation, File::from(OwnedFd::from(tap)), RateLimit::default()).unwrap();
+            let activation = Activation { features: FEATURES | OFFLOADS, queues, memory: memory.clone(), interrupt };
+            let server = NetServer::new(activation, Wire::Tap(File::from(OwnedFd::from(tap))), RateLimit::default()).unwrap();
             Self { memory, host, server }
         }
 
@@ -382,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_sends_reaches_the_tap() {
+    fn what_the_guest_sends_reaches_the_wire() {
         let mut driver = Driver::new(&[], &[(BUFFERS, 20, 0), (BUFFERS, 4, 0), (BUFFERS, 30, 0)]);
         driver.memory.write_slice(&[7; 30], GuestAddress(BUFFERS)).unwrap();
         assert!(!driver.server.transmit());
@@ -442,12 +420,12 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_that_is_gone_is_not_watched_any_more() {
+    fn a_wire_that_is_gone_is_not_watched_any_more() {
         let mut driver = Driver::new(&[(BUFFERS, 64, WRITE)], &[]);
         driver.server.receive();
         assert!(driver.server.wants_frames());
         // It reads as one whose interface was taken away: at once, and no frame.
-        driver.server.tap = File::open("/dev/null").unwrap();
+        driver.server.wire = Wire::Tap(File::open("/dev/null").unwrap());
         driver.server.receive();
         assert!(!driver.server.wants_frames());
     }
@@ -458,14 +436,16 @@ mod tests {
         let place = Place::default();
         let net = Net::new(0, place.clone(), commands);
         assert_eq!(net.id(), 0);
-        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], vhost: false, limit: RateLimit::default() };
+        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], stream: false, vhost: false, limit: RateLimit::default() };
         assert!(place.attach(nic) && !place.attach(nic));
         let mut config = [7; 8];
         net.read_config(0, &mut config);
         assert_eq!((net.id(), config), (1, [2, 0, 0, 0, 0, 9, 0, 0]));
+        assert_ne!(net.features() & OFFLOADS, 0);
         place.detach();
         assert_eq!(net.id(), 0);
-        assert!(place.attach(nic));
+        assert!(place.attach(Nic { stream: true, ..nic }));
+        assert_eq!(net.features() & OFFLOADS, 0, "a stream has no header to say what is left to do");
     }
 
     proptest! {

@@ -30,6 +30,7 @@ const PACKAGES: &[&str] = &[
     "inotify-tools",
     "iproute2",
     "iperf3",
+    "passt",
     "iptables",
     "jq",
     "kmod",
