@@ -1,4 +1,4 @@
-//! The share as the guest's requests meet it: virtiofsd's file system, with two things of ours.
+//! The share as the guest's requests meet it: virtiofsd's file system, with three things of ours.
 //!
 //! **What may be kept.** With the policy `auto` a guest drops what it has cached of a file whenever the
 //! file is opened, so that a program is read again each time that it is run. Here it keeps that,
@@ -12,6 +12,9 @@
 //! ```
 //!
 //! A change through somebody's mapping of the file shows in its times when the kernel writes it out.
+//!
+//! **What need not be said.** That a file is closed matters to file systems which write then, as NFS does; of one
+//! that was opened to be read alone the guest does not tell.
 //!
 //! **What is refused.** Offsets that no file has: no kernel asks for them, and the server below has no
 //! answer for them.
@@ -129,6 +132,9 @@ impl FileSystem for Share {
         {
             options |= OpenOptions::KEEP_CACHE;
         }
+        if flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY {
+            options |= OpenOptions::NOFLUSH;
+        }
         Ok((handle, options))
     }
 
@@ -235,6 +241,9 @@ impl FileSystem for Share {
 
 #[cfg(test)]
 mod tests {
+    use virtiofsd::fuse::InHeader;
+    use virtiofsd::passthrough;
+
     use super::*;
 
     const SECOND: u128 = 1_000_000_000;
@@ -280,6 +289,20 @@ mod tests {
         }
         assert!(opened.open(MOST_OPENED as u64, stamp(100, 5), at(201)), "the last is known");
         assert!(!opened.open(0, stamp(100, 5), at(201)), "the first is forgotten");
+    }
+
+    #[test]
+    fn closing_is_told_of_files_that_were_written_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("file"), "text").unwrap();
+        let config = passthrough::Config { root_dir: folder.path().to_str().unwrap().into(), ..passthrough::Config::default() };
+        let fs = PassthroughFs::new(config).unwrap();
+        fs.open_root_node().unwrap();
+        let share = Share::new(fs, true);
+        let context = || Context::from(InHeader::default());
+        let file = share.lookup(context(), 1, c"file").unwrap().inode;
+        let told = |flags: i32| !share.open(context(), file, false, flags.cast_unsigned()).unwrap().1.contains(OpenOptions::NOFLUSH);
+        assert_eq!([libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_NOATIME].map(told), [false, true, true, false]);
     }
 
     #[test]
