@@ -109,6 +109,8 @@ const NETWORK: &[Check] = &[
 
 const SHIM: &[Check] = &[
     ("capabilities", |subject| capabilities(subject, rights::SHIM)),
+    ("new privileges", new_privileges),
+    ("system calls", system_calls),
     ("pod folder", pod_folder),
     ("socket", socket),
     ("executable memory", executable_memory),

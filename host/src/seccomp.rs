@@ -1,11 +1,15 @@
 //! System call filters as data: one list for each thread role.
 //!
 //! A filter is what the role needs after it was set up; anything else kills the process, loudly
-//! (`type=SECCOMP` in the host's kernel log names the call's number).
+//! (`type=SECCOMP` in the host's kernel log names the call's number). Who starts programs that others chose
+//! has a list of what is refused instead.
 
 use std::collections::BTreeMap;
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
+
+/// `__X32_SYSCALL_BIT` (asm/unistd.h).
+const X32_CALL: i64 = 0x4000_0000;
 
 /// One permitted system call.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +47,19 @@ pub enum SeccompError {
 /// When the filter cannot be built or the kernel refuses it.
 pub fn install(role: &'static str, calls: &[&[Allow]]) -> Result<(), SeccompError> {
     let program = build(calls).map_err(|source| SeccompError::Build { role, source })?;
+    seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { role, source })
+}
+
+/// Refuses `calls` to the calling thread and all that it starts, as if a right were missing, for good.
+///
+/// # Errors
+/// When the filter cannot be built or the kernel refuses it.
+pub fn refuse(role: &'static str, calls: &[i64]) -> Result<(), SeccompError> {
+    // The same calls have other numbers with 32-bit pointers, where the kernel knows these.
+    let rules = calls.iter().flat_map(|call| [*call, *call | X32_CALL]).map(|call| (call, Vec::new())).collect();
+    let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, TargetArch::x86_64);
+    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(|source| SeccompError::Build { role, source })?;
     seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { role, source })
 }
 
@@ -85,6 +102,16 @@ mod tests {
         let with = build(&[BASE, &[Allow::Call(libc::SYS_getppid)]]).unwrap();
         let without = build(&[BASE]).unwrap();
         assert!(with.len() > without.len());
+    }
+
+    #[test]
+    fn what_is_refused_fails_and_the_rest_goes_on() {
+        // A filter is its thread's for good.
+        let refused = std::thread::spawn(|| {
+            refuse("a test", &[libc::SYS_sethostname]).unwrap();
+            nix::unistd::sethostname("caisson-test").unwrap_err()
+        });
+        assert_eq!(refused.join().unwrap(), nix::errno::Errno::EPERM);
     }
 
     #[test]

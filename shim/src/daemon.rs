@@ -43,6 +43,7 @@ pub fn serve(flags: Flags) -> Result<()> {
     let level = if flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
     crate::logger::init(Path::new("."), &flags.namespace, &flags.id, level);
     rights::keep_only(rights::SHIM).context("give up capabilities")?;
+    crate::filter::install()?;
     // A file server that is not root finds its way through the folders of the share.
     umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;

@@ -16,6 +16,7 @@ mod ending;
 pub mod errors;
 mod events;
 mod exits;
+mod filter;
 pub mod flags;
 pub mod idmap;
 pub mod info;

@@ -44,8 +44,10 @@ fn a_pods_processes_have_no_rights_that_they_do_not_need() {
     assert_eq!(u64::from_str_radix(&status(vmm, "CapPrm"), 16).unwrap(), 0);
     // chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap
     assert_eq!(capabilities(fs), 0x8800_00db);
-    for pid in [vmm, fs] {
+    for pid in [shim, vmm, fs] {
         assert_eq!((status(pid, "NoNewPrivs"), status(pid, "Seccomp")), ("1".into(), "2".into()));
+    }
+    for pid in [vmm, fs] {
         for namespace in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
             let link = |pid: &str| shell(&format!("readlink /proc/{pid}/ns/{namespace}"));
             assert_ne!(link(&pid.to_string()), link("self"), "{namespace}");
