@@ -12,20 +12,21 @@
 //! than a few times what serving does.
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sched::{CloneFlags, unshare};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::FileSystem;
-use virtiofsd::fuse::{InHeader, Opcode};
+use virtiofsd::fuse::Opcode;
 use virtiofsd::server::Server;
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 /// Requests of high priority (forget, interrupt), and others.
@@ -41,6 +42,8 @@ const VIRTIO_F_VERSION_1: u64 = 32;
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
 type Loaded = GuestMemoryLoadGuard<GuestMemoryMmap<BitmapMmapRegion>>;
 type Vring = VringMutex<Memory>;
+/// Ends the process, for the reason that it is given.
+type Fail = Arc<dyn Fn(String) + Send + Sync>;
 /// A request that waits for a worker.
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -55,14 +58,14 @@ pub struct Device<F: FileSystem + Send + Sync + 'static> {
 /// What workers need as well.
 struct Shared<F: FileSystem + Sync> {
     server: Server<F>,
-    fail: Box<dyn Fn(String) + Send + Sync>,
+    fail: Fail,
 }
 
 impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     /// A device that looks for another request for at most so long after the last one, and has so many workers for requests
     /// that wait for disks. `fail` ends the process, for the reason that it is given.
     pub fn new(fs: F, poll: Duration, workers: usize, fail: impl Fn(String) + Send + Sync + 'static) -> Self {
-        let shared = Arc::new(Shared { server: Server::new(fs), fail: Box::new(fail) });
+        let shared = Arc::new(Shared { server: Server::new(fs), fail: Arc::new(fail) });
         Self { shared, memory: RwLock::default(), poll, workers: Workers { count: workers, jobs: OnceLock::new() } }
     }
 
@@ -96,7 +99,7 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
             served += 1;
             let (shared, vring, memory) = (Arc::clone(&self.shared), vring.clone(), memory.clone());
             if may_wait(&memory.memory(), &chain) {
-                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain)));
+                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain)), &self.shared.fail);
             } else {
                 shared.answer(&memory, &vring, chain)?;
             }
@@ -194,10 +197,11 @@ fn is_awaited(vrings: &[Vring]) -> Result<bool, String> {
 /// Whether a request waits for disks by its nature, so that others would wait for it.
 ///
 /// The header is read from the guest's memory once more when the request is answered: what it says here decides about
-/// who does that, and nothing else.
+/// who does that, and nothing else. Its first descriptor holds it, as drivers have it.
 fn may_wait(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> bool {
-    let header = Reader::new(memory, chain.clone()).ok().and_then(|mut reader| reader.read_obj::<InHeader>().ok());
-    let opcode = header.and_then(|header| Opcode::try_from(header.opcode).ok());
+    let first = chain.clone().next();
+    let header = first.and_then(|descriptor| memory.read_obj::<[u32; 2]>(descriptor.addr()).ok());
+    let opcode = header.and_then(|[_length, opcode]| Opcode::try_from(opcode).ok());
     matches!(opcode, Some(Opcode::Fsync | Opcode::Fsyncdir | Opcode::Syncfs | Opcode::Fallocate | Opcode::CopyFileRange))
 }
 
@@ -205,26 +209,32 @@ fn may_wait(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> bool {
 struct Workers {
     count: usize,
     /// To those that run; they are started for the first that waits.
-    jobs: OnceLock<Option<Sender<Job>>>,
+    jobs: OnceLock<Option<SyncSender<Job>>>,
 }
 
 impl Workers {
-    /// Has a worker do something, or does it at once when there is none.
-    fn give(&self, job: Job) {
-        let Some(jobs) = self.jobs.get_or_init(|| self.start()) else { return job() };
-        if let Err(unsent) = jobs.send(job) {
-            (unsent.0)();
+    /// Has a worker do something, or does it at once when there is none, or they have enough to do.
+    fn give(&self, job: Job, fail: &Fail) {
+        let Some(jobs) = self.jobs.get_or_init(|| self.start(fail)) else { return job() };
+        if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = jobs.try_send(job) {
+            job();
         }
     }
 
-    fn start(&self) -> Option<Sender<Job>> {
-        let (sender, receiver) = channel::<Job>();
+    fn start(&self, fail: &Fail) -> Option<SyncSender<Job>> {
+        let (sender, receiver) = sync_channel::<Job>(LARGEST_QUEUE);
         let receiver = Arc::new(Mutex::new(receiver));
-        let started = (0..self.count).filter(|_| {
-            let receiver = Arc::clone(&receiver);
-            thread::Builder::new().name("worker".into()).spawn(move || work(&receiver)).is_ok()
-        });
-        (started.count() > 0).then_some(sender)
+        let mut started = false;
+        for _ in 0..self.count {
+            let (receiver, fail) = (Arc::clone(&receiver), Arc::clone(fail));
+            let run = move || match unshare(CloneFlags::CLONE_FS) {
+                // A request may come to another kind while it waits here, and need a current folder or a mask of its own.
+                Ok(()) => work(&receiver),
+                Err(error) => fail(format!("give a worker a folder of its own: {error}")),
+            };
+            started |= thread::Builder::new().name("worker".into()).spawn(run).is_ok();
+        }
+        started.then_some(sender)
     }
 }
 
@@ -239,9 +249,10 @@ fn work(jobs: &Mutex<Receiver<Job>>) {
 #[cfg(test)]
 mod tests {
 
+    use std::sync::mpsc::{Sender, channel};
     use virtiofsd::filesystem::{Context, FsOptions};
     use virtiofsd::fuse::Attr;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::GuestAddress;
 
     use super::*;
 

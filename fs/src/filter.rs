@@ -103,6 +103,8 @@ const FILES: &[Allow] = &[
     Call(libc::SYS_syncfs),
     Call(libc::SYS_umask),
     Call(libc::SYS_unlinkat),
+    // A worker has a current folder of its own.
+    CallWith(libc::SYS_unshare, 0, &[libc::CLONE_FS as u64]),
     Call(libc::SYS_utimensat),
 ];
 

@@ -22,6 +22,7 @@ use caisson_fs::share::Share;
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
+use nix::sys::stat::{Mode, umask};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use virtiofsd::passthrough::{self, PassthroughFs};
@@ -70,7 +71,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
     inside.enter()?;
     let descriptors = raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
     // Files are created with exactly the mode that the guest asks for.
-    nix_umask();
+    umask(Mode::empty());
     let Some((config, fds)) = control.receive::<FsConfig>(true).context("receive the configuration")? else {
         bail!("the shim closed the control socket before the configuration");
     };
@@ -88,12 +89,10 @@ fn run(control: &Arc<Control>) -> Result<()> {
     // Before any thread is started: each has the filter of who starts it.
     filter::install()?;
     let witness = Arc::clone(control);
-    serve(socket, Device::new(fs, Duration::from_micros(config.poll_us.into()), config.threads, move |reason| fail(&witness, reason)))
-}
-
-fn nix_umask() {
-    // SAFETY: umask only sets a number of this process and cannot fail.
-    unsafe { libc::umask(0) };
+    // On a single processor the guest cannot ask while somebody looks.
+    let alone = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
+    let poll = if alone { Duration::ZERO } else { Duration::from_micros(config.poll_us.into()) };
+    serve(socket, Device::new(fs, poll, config.threads, move |reason| fail(&witness, reason)))
 }
 
 /// What the guest may do and cache.

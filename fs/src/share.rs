@@ -35,7 +35,7 @@ use virtiofsd::passthrough::PassthroughFs;
 /// After so long a change is told from the next by its time: file systems count in steps of up to two
 /// seconds, and a file server's clock may be a little behind ours.
 const SETTLED_AFTER: Duration = Duration::from_secs(3);
-/// So many files are remembered, of 64 bytes each: a guest may have any number of them open, and forgetting costs no more
+/// So many files are remembered, in some 10 MiB: a guest may have any number of them open, and forgetting costs no more
 /// than that they are read again.
 const MOST_OPENED: usize = 65_536;
 

@@ -10,7 +10,7 @@ use caisson_fuzz::Input;
 use caisson_fuzz::driver::{Rings, memory, scribble};
 use caisson_protocol::vmm::RateLimit;
 use caisson_vmm::devices::net::NetServer;
-use caisson_vmm::devices::wire::Wire;
+use caisson_vmm::devices::net::wire::Wire;
 use caisson_vmm::devices::{Activation, Interrupt};
 use libfuzzer_sys::fuzz_target;
 

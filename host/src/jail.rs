@@ -9,11 +9,13 @@
 //!
 //! The child is adopted by the shim, which is a child subreaper. Seccomp comes last and by thread:
 //! see [`crate::seccomp`].
-#![expect(unsafe_code, reason = "fork and close_range have no safe wrapper")]
+#![expect(unsafe_code, reason = "fork, close_range and what runs before a program starts have no safe wrapper")]
 
 use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use caisson_sys::mounts::{self, Attributes};
 use nix::fcntl::AT_FDCWD;
@@ -205,6 +207,18 @@ fn pivot_here() -> Result<(), JailError> {
 /// line to `end`, before it dies of it.
 pub fn on_panic(end: impl Fn(String) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| end(panic.to_string().replace('\n', " "))));
+}
+
+/// Lets a program that `command` starts have so many descriptors at most.
+pub fn limit_descriptors(command: &mut Command, most: u64) {
+    // SAFETY: setrlimit is async-signal-safe, and touches no memory.
+    unsafe {
+        command.pre_exec(move || {
+            let (_, hard) = nix::sys::resource::getrlimit(Resource::RLIMIT_NOFILE)?;
+            let limit = most.min(hard);
+            Ok(setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?)
+        });
+    }
 }
 
 /// Raises the limit of open descriptors to `wanted` or to what the host allows, whichever is less.

@@ -4,6 +4,9 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
+/// So many lead into a pod at most.
+pub const MOST_PUBLISHED: usize = 64;
+
 /// One port of the host and where in the pod it leads: `[ADDRESS:]HOST-PORT:PORT[/tcp|/udp]`, an IPv6 address in brackets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publish {
@@ -27,7 +30,8 @@ impl FromStr for Publish {
 
     fn from_str(text: &str) -> Result<Self, BadPublish> {
         let (ports, udp) = match text.split_once('/') {
-            None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), false),
+            None => (text, false),
+            Some((ports, "tcp")) => (ports, false),
             Some((ports, "udp")) => (ports, true),
             Some(_) => return Err(BadPublish),
         };
@@ -36,7 +40,8 @@ impl FromStr for Publish {
             Some((address, host_port)) => (Some(address), host_port),
             None => (None, rest),
         };
-        let number = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0).ok_or(BadPublish);
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u16>().ok())?;
+        let number = |text: &str| digits(text).filter(|port| *port > 0).ok_or(BadPublish);
         Ok(Self { address: address.map(parse_address).transpose()?, host_port: number(host_port)?, port: number(port)?, udp })
     }
 }
@@ -85,7 +90,7 @@ mod tests {
             "80:80/sctp",
             "80:80/udp/tcp",
             "-80:80",
-            "80:+80x",
+            "80:+80",
         ] {
             assert_eq!(text.parse::<Publish>(), Err(BadPublish), "{text}");
         }

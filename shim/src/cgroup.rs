@@ -1,4 +1,4 @@
-//! The pod's cgroup on the host: where the memory and CPU of its VMM and file server are counted.
+//! The pod's cgroup on the host: where the memory and CPU of its processes are counted.
 //!
 //! The path that containerd asks for is used: in the one hierarchy of cgroup v2, or in those of v1 that
 //! count and limit what the processes use. A path in systemd's form is a scope that systemd makes, where it runs.
@@ -63,13 +63,19 @@ impl Place {
     /// When the host does not allow it.
     pub async fn join(&self, pids: &[u32]) -> Result<()> {
         match &self.scope {
-            Some(scope) if Path::new(SYSTEMD).exists() => {
+            // systemd makes a scope once, for its first processes, and leaves it to us then.
+            Some(scope) if Path::new(SYSTEMD).exists() && !self.has_processes() => {
                 scope.start(pids).await?;
                 // In the hierarchies that systemd leaves alone, as well.
                 self.join_directly(pids)
             }
             _ => self.join_directly(pids),
         }
+    }
+
+    fn has_processes(&self) -> bool {
+        let processes = |dir: PathBuf| std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        dirs(&self.path).into_iter().any(|dir| !processes(dir).is_empty())
     }
 
     fn join_directly(&self, pids: &[u32]) -> Result<()> {

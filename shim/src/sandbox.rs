@@ -36,8 +36,8 @@ const DESCRIPTOR_LIMIT: u64 = 8192;
 /// With fewer a pod of one container cannot be served.
 const LEAST_DESCRIPTORS: u64 = 256;
 
-/// From the end of the file server to that of the monitor, when it was the monitor that ended.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// From the end of another process to that of the monitor, when it was the monitor that ended.
+pub const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A machine that is ready for containers.
 pub struct Sandbox {

@@ -16,7 +16,7 @@ impl Inventory {
             let pid = entry.file_name().to_string_lossy().into_owned();
             if pid.parse::<u32>().is_ok()
                 && let Ok(name) = std::fs::read_to_string(entry.path().join("comm"))
-                && ["containerd-shim", "caisson"].iter().any(|part| name.contains(part))
+                && ["containerd-shim", "caisson", "passt"].iter().any(|part| name.contains(part))
             {
                 items.insert(format!("process {pid} {}", name.trim()));
             }

@@ -13,7 +13,7 @@ use crate::Test;
 use crate::containerd::Containerd2;
 use crate::cri::{Pod, SLEEP, security};
 use crate::ctr::{self, id, run, shell};
-use crate::faults::Replaced;
+use crate::faults::{Config, Replaced};
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
@@ -221,6 +221,7 @@ fn a_log_that_is_rotated_goes_on_in_a_new_file() {
 
 /// Does what systemd does with the call that makes a scope, and what it was asked is kept. The node has no systemd.
 const BUSCTL: &str = r#"#!/bin/bash
+[ ! -e /tmp/busctl.said ] || [ -e /tmp/busctl.refuses ] || { echo "Call failed: Unit $9 was already loaded." >&2; exit 1; }
 echo "$*" >/tmp/busctl.said
 [ ! -e /tmp/busctl.refuses ] || { echo "Call failed: Unit is masked." >&2; exit 1; }
 mkdir -p /sys/fs/cgroup/tenant.slice/tenant-a.slice/$9
@@ -233,6 +234,8 @@ fn systemd_makes_the_scope_that_its_driver_asks_for() {
     shell("touch -a /usr/bin/busctl; chmod 755 /usr/bin/busctl; mkdir -p /run/systemd/system");
     let systemd = Replaced::with("/usr/bin/busctl", Some(BUSCTL.as_bytes()));
     {
+        // One process more comes when the scope is there.
+        let _settings = Config::set("[network]\ndefault = \"user\"\n");
         let pod = ctr::Pod::start("scoped", &["--cgroup", "tenant-a.slice:cri-containerd:one"], "sleep 1000");
         let (vmm, fs) = (pod.host_pid("vmm"), pod.host_pid("fs"));
         let properties =
@@ -244,7 +247,7 @@ fn systemd_makes_the_scope_that_its_driver_asks_for() {
                  StartTransientUnit ssa(sv)a(sa(sv)) cri-containerd-one.scope fail 6 {properties} PIDs au 2 {vmm} {fs} 0\n"
             )
         );
-        for pid in [vmm, fs] {
+        for pid in [vmm, fs, pod.host_pid("network")] {
             assert_eq!(shell(&format!("cat /proc/{pid}/cgroup")), "0::/tenant.slice/tenant-a.slice/cri-containerd-one.scope");
         }
     }

@@ -16,6 +16,7 @@ pub const ALONE: &[Test] = &[
     ),
     ("a_network_that_cannot_be_made_is_one_clear_sentence", a_network_that_cannot_be_made_is_one_clear_sentence),
     ("a_pod_whose_network_dies_ends_and_says_so", a_pod_whose_network_dies_ends_and_says_so),
+    ("however_a_pod_ends_its_network_ends_and_is_not_blamed", however_a_pod_ends_its_network_ends_and_is_not_blamed),
 ];
 
 /// Settings with which pods have a network without CNI, and an address of the host that is none of its loopback.
@@ -123,6 +124,11 @@ fn a_network_that_cannot_be_made_is_one_clear_sentence() {
         assert_contains(&output.stderr, &["/usr/bin/missing does not exist; install the package passt or set network.passt"]);
     }
     {
+        let _network = UserNetwork::new("");
+        let output = run_pod(&["--cni"], &["true"]);
+        assert_contains(&output.stderr, &["a CNI plugin made the pod a network, but it has one already (network.default)"]);
+    }
+    {
         // One that starts and serves nobody.
         let _settings = Config::set("[network]\ndefault = \"user\"\npasst = \"/usr/bin/yes\"\n");
         let output = run_pod(&[], &["true"]);
@@ -141,6 +147,37 @@ fn a_pod_whose_network_dies_ends_and_says_so() {
         let list = run("caisson", &["list"]);
         assert!(list.stdout.contains("the program of its network ended"), "{list:?}");
         assert_eq!(pod.delete(), 137);
+    }
+    assert_nothing_left(&before);
+}
+
+fn however_a_pod_ends_its_network_ends_and_is_not_blamed() {
+    let before = Inventory::take();
+    let _network = UserNetwork::new("");
+    for (role, signal, says) in
+        [("vmm", "KILL", "the virtual machine monitor was killed by SIGKILL"), ("shim", "KILL", ""), ("network", "STOP", "")]
+    {
+        {
+            let pod = Pod::start("user", &[], "sleep 1000");
+            shell(&format!("kill -{signal} {}", pod.host_pid(role)));
+            if signal == "KILL" {
+                eventually(|| pod.status().is_none_or(|status| status != "RUNNING"), "the task still runs");
+            }
+            if !says.is_empty() {
+                let list = run("caisson", &["list"]);
+                assert!(list.stdout.contains(says), "{list:?}");
+            }
+        }
+        assert_nothing_left(&before);
+    }
+    {
+        let pod = Pod::start("user", &["--privileged"], "sleep 1000");
+        // A privileged container may tell its own kernel to panic when memory runs out.
+        let script = "mkdir /m; mount -t tmpfs -o size=2g none /m; echo 1 > /proc/sys/vm/panic_on_oom; dd if=/dev/zero of=/m/fill bs=1M";
+        pod.exec(&[], &["sh", "-c", script]);
+        pod.wait_for("STOPPED");
+        let list = run("caisson", &["list"]);
+        assert!(list.stdout.contains("the guest kernel panicked"), "{list:?}");
     }
     assert_nothing_left(&before);
 }

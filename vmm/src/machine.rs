@@ -65,7 +65,6 @@ pub struct Machine {
     places: Places,
     added: Arc<mem::Shared>,
     acknowledged: EventFd,
-    windows: Windows,
     vm: Arc<VmFd>,
 }
 
@@ -84,7 +83,6 @@ pub struct Running {
     room: Option<(u32, GuestAddress)>,
     /// Takes the drivers' acknowledgements of what queues interrupted for; nobody reads it.
     acknowledged: EventFd,
-    _windows: Windows,
     // Closing the VM's descriptor would disconnect every interrupt, whoever else holds the VM.
     vm: Arc<VmFd>,
 }
@@ -227,7 +225,7 @@ impl Machine {
             transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
         }
         let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(slot).collect();
-        let windows = show_windows(&vm, memory.num_regions() as u32, &mut transports)?;
+        show_windows(&vm, memory.num_regions() as u32, &mut transports)?;
         let acknowledged = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("make an eventfd")?;
         for (device, transport) in (0u32..).zip(&transports) {
             if !is_place(device) {
@@ -246,7 +244,7 @@ impl Machine {
         let vcpus = Vcpus::new(&kvm, Arc::clone(&vm), config)?;
         let first_vcpus = (0..config.vcpus as u8).map(|index| vcpus.make(index, (index == 0).then_some(entry))).collect::<Result<_>>()?;
         let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial)) };
-        Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, windows, vm })
+        Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, vm })
     }
 
     /// Starts the device thread and the vCPUs.
@@ -254,13 +252,13 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be started.
     pub fn start(self) -> Result<Running> {
-        let Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, windows, vm } = self;
+        let Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, vm } = self;
         let bus = Arc::clone(&around.bus);
         io.spawn(Arc::clone(&around.control)).context("start the device thread")?;
         let (memory, layout) = (around.memory.clone(), around.layout);
         let room = (layout.added > 0).then(|| (memory.num_regions() as u32 - 1, GuestAddress(layout.added_start())));
         let wanted_vcpus = vcpus.start(first_vcpus, around)?;
-        Ok(Running { commands, places, bus, added, wanted_vcpus, memory, room, acknowledged, _windows: windows, vm })
+        Ok(Running { commands, places, bus, added, wanted_vcpus, memory, room, acknowledged, vm })
     }
 }
 
@@ -317,7 +315,7 @@ fn give_memory(vm: &VmFd, memory: &GuestMemory, slot: u32, start: GuestAddress) 
 
 /// Gives the guest the windows of the devices whose registers change by its own doing, as memory that it
 /// cannot write.
-fn show_windows(vm: &VmFd, slot: u32, transports: &mut [MmioTransport]) -> Result<Windows> {
+fn show_windows(vm: &VmFd, slot: u32, transports: &mut [MmioTransport]) -> Result<()> {
     let shown = (FIRST_NIC_DEVICE + NICS) as usize;
     let windows = Windows::new(shown).context("map the register windows")?;
     for (index, transport) in transports.iter_mut().enumerate().take(shown) {
@@ -330,9 +328,8 @@ fn show_windows(vm: &VmFd, slot: u32, transports: &mut [MmioTransport]) -> Resul
         memory_size: windows.bytes(),
         userspace_addr: windows.address(),
     };
-    // SAFETY: the mapping is that of the windows, which are kept with the machine.
-    unsafe { vm.set_user_memory_region(region) }.context("give the VM its register windows")?;
-    Ok(windows)
+    // SAFETY: the mapping is that of the windows, each of which keeps it; the bus has them as long as the machine runs.
+    unsafe { vm.set_user_memory_region(region) }.context("give the VM its register windows")
 }
 
 /// Where a device is, by its number.

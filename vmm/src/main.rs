@@ -16,7 +16,7 @@ use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
 use caisson_vmm::devices::io_thread::{Attached, Command};
-use caisson_vmm::devices::wire::{Stream, Wire};
+use caisson_vmm::devices::net::wire::{Stream, Wire};
 use caisson_vmm::machine::{BootFiles, Machine, Running};
 use caisson_vmm::{filters, machine};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};

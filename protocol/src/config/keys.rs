@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::{Config, HostNamespaces, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
+use crate::publish::MOST_PUBLISHED;
 use crate::vmm::{MEMORY_MIB, VCPUS};
 
 /// A value as it stands in a file or an annotation.
@@ -185,7 +186,7 @@ pub const KEYS: &[Key] = &[
         "network.publish",
         "ports of the host that lead into a pod with such a network",
         "a list of at most 64 [ADDRESS:]HOST-PORT:PORT[/tcp|/udp] (in an annotation with commas between them)",
-        |c, v| c.network_publish = list(v, |entry| entry.parse().ok()).filter(|list| list.len() <= 64)?,
+        |c, v| c.network_publish = list(v, |entry| entry.parse().ok()).filter(|list| list.len() <= MOST_PUBLISHED)?,
         |c| quoted_list(c.network_publish.iter().map(ToString::to_string))
     ),
     key!(

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control::{self, CONTROL_FD};
+use caisson_host::jail;
 use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
 use caisson_protocol::config::Config;
 use caisson_protocol::publish::Publish;
@@ -22,11 +23,11 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::{AddressMessageBuilder, RouteMessageBuilder};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStderr};
 
 use super::serialize;
-use crate::sandbox::{Sandbox, count_for_pod};
+use crate::sandbox::{LAST_WORDS, Sandbox, count_for_pod};
 use crate::spec::Spec;
 use crate::store::Store;
 
@@ -46,8 +47,16 @@ const RESOLVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Room for frames on their way to the program, in bytes.
 const ROOM: usize = 4 << 20;
-/// Ethernet frames of ARP over IPv4 (RFC 826), after the length that comes before each on the wire.
-const ARP: [u8; 10] = [0x08, 0x06, 0, 1, 0x08, 0x00, 6, 4, 0, 1];
+/// Descriptors that the program may have, one for each connection: the ports that they take are the host's.
+const DESCRIPTORS: u64 = 8192;
+/// The largest frame that may come before the answer.
+const LARGEST_FRAME: u32 = 65_535;
+/// What an Ethernet frame of ARP over IPv4 has behind its addresses (RFC 826), and which of them it is.
+const ARP: [u8; 8] = [0x08, 0x06, 0, 1, 0x08, 0x00, 6, 4];
+const REQUEST: [u8; 2] = [0, 1];
+const REPLY: [u8; 2] = [0, 2];
+/// Bytes of what the program says that are passed on to the log.
+const MOST_SAID: usize = 64 << 10;
 
 /// Starts the program and gives the guest its interface. The pod ends when the program does.
 ///
@@ -69,20 +78,18 @@ pub async fn connect(config: &Config, store: &Store, spec: &Spec, sandbox: &Arc<
     command.args(["--foreground", "--quiet", "--fd", &CONTROL_FD.to_string()]).args(arguments(&config.network_publish));
     command.uid(uid).gid(uid).current_dir("/").env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     control::pass(&mut command, theirs.as_fd());
+    jail::limit_descriptors(&mut command, DESCRIPTORS);
     let child = tokio::process::Command::from(command).kill_on_drop(true).spawn();
     let mut child = child.with_context(|| format!("start {}", program.display()))?;
     drop(theirs);
     let (pid, stderr) = (child.id().context("it has ended")?, child.stderr.take().context("it says nothing")?);
     store.add_process("network", pid)?;
     count_for_pod(store, spec, &[pid]).await?;
-    let stderr = BufReader::new(stderr);
     let mut wire = tokio::net::UnixStream::from_std(wire).context("watch a socket")?;
-    let answered = tokio::select! {
-        answered = tokio::time::timeout(TIMEOUT, answers(&mut wire)) => answered.is_ok_and(|answer| answer.is_ok()),
-        _ = child.wait() => false,
-    };
-    if !answered {
-        bail!("{} {}", program.display(), why(&mut child, stderr).await);
+    match tokio::time::timeout(TIMEOUT, answers(&mut wire)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => bail!("{} says: {}", program.display(), last_line(stderr).await),
+        Err(_) => bail!("{} did not answer within {} s", program.display(), TIMEOUT.as_secs()),
     }
     let nic = Nic { place: 0, mac: MAC, stream: true, vhost: false, limit: config.network_limit() };
     let wire = wire.into_std().context("hand a socket over")?;
@@ -116,32 +123,32 @@ fn port(publish: &Publish) -> String {
 
 /// Waits until the program answers for the gateway's address, which it does when all is set up.
 async fn answers(wire: &mut tokio::net::UnixStream) -> std::io::Result<()> {
-    let request = [&[0xff; 6][..], &MAC, &ARP, &MAC, &ADDRESS.octets(), &[0; 6], &GATEWAY.octets()].concat();
+    let request = [&[0xff; 6][..], &MAC, &ARP, &REQUEST, &MAC, &ADDRESS.octets(), &[0; 6], &GATEWAY.octets()].concat();
     wire.write_u32(request.len() as u32).await?;
     wire.write_all(&request).await?;
     loop {
         let length = wire.read_u32().await?;
-        let mut frame = Vec::new();
-        wire.take(length.into()).read_to_end(&mut frame).await?;
+        if length > LARGEST_FRAME {
+            return Err(std::io::ErrorKind::InvalidData.into());
+        }
+        let mut frame = vec![0; length as usize];
+        wire.read_exact(&mut frame).await?;
         // Something else may come first: it advertises itself as a router.
-        if frame.get(12..14) == Some(&ARP[..2]) {
+        let is = |from: usize, bytes: &[u8]| frame.get(from..from + bytes.len()) == Some(bytes);
+        if is(12, &ARP) && is(20, &REPLY) && is(28, &GATEWAY.octets()) {
             return Ok(());
         }
     }
 }
 
-/// Why the program does not serve.
-async fn why(child: &mut Child, mut stderr: BufReader<ChildStderr>) -> String {
-    if !matches!(child.try_wait(), Ok(Some(_))) {
-        let _ = child.kill().await;
-        return format!("did not answer within {} s", TIMEOUT.as_secs());
-    }
+/// What a program that has hung up said last.
+async fn last_line(stderr: impl AsyncRead + Unpin) -> String {
     let mut said = Vec::new();
-    // It has ended, so what it said is all there.
-    let _ = (&mut stderr).take(64 << 10).read_to_end(&mut said).await;
+    // Whoever else holds the other end is not waited for.
+    let _ = tokio::time::timeout(LAST_WORDS, stderr.take(MOST_SAID as u64).read_to_end(&mut said)).await;
     let said = String::from_utf8_lossy(&said);
     let last = said.lines().rev().find(|line| !line.trim().is_empty() && !is_noise(line));
-    format!("says: {}", last.unwrap_or("nothing").trim())
+    last.unwrap_or("nothing").trim().to_owned()
 }
 
 /// Whether the program speaks of the host's log, which is not there for everyone.
@@ -160,18 +167,25 @@ fn guests_view() -> ConfigureNetworkRequest {
     ConfigureNetworkRequest { interfaces: vec![interface], messages: messages.into(), ..ConfigureNetworkRequest::default() }
 }
 
-/// Passes on what the program says, and ends the pod when it ends, as with any other of its processes.
-async fn watch(mut child: Child, stderr: BufReader<ChildStderr>, sandbox: Arc<Sandbox>) {
-    let mut lines = stderr.lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        if !is_noise(&line) {
-            log::info!("the pod's network says: {line}");
-        }
-    }
+/// Passes on what the program says, and ends the pod when it ends, as with the file server.
+async fn watch(mut child: Child, stderr: ChildStderr, sandbox: Arc<Sandbox>) {
+    pass_on(stderr).await;
     let status = child.wait().await;
-    if sandbox.ended().borrow().is_none() {
+    // It ends with a monitor that ends, and then it is the monitor that knows why.
+    if tokio::time::timeout(LAST_WORDS, sandbox.ended().wait_for(Option::is_some)).await.is_err() {
         let how = status.map_or_else(|error| error.to_string(), |status| status.to_string());
         sandbox.kill(&format!("the program of its network ended: {how}"));
+    }
+}
+
+/// Reads all that the program says, so that it never waits, and has the first of it in the log.
+async fn pass_on(mut stderr: impl AsyncRead + Unpin) {
+    let mut buffer = [0; 4096];
+    let mut rest = MOST_SAID;
+    while let Ok(length @ 1..) = stderr.read(&mut buffer).await {
+        let said = String::from_utf8_lossy(&buffer[..length.min(rest)]);
+        said.lines().filter(|line| !is_noise(line)).for_each(|line| log::info!("the pod's network says: {line:?}"));
+        rest = rest.saturating_sub(length);
     }
 }
 
@@ -188,18 +202,43 @@ mod tests {
     }
 
     #[test]
+    fn the_last_line_is_what_a_program_failed_of() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let said = b"Port 1 is taken\nFailed to send 9 bytes to syslog\n\n\xff";
+        assert_eq!(runtime.block_on(last_line(&said[..])), "\u{fffd}");
+        assert_eq!(runtime.block_on(last_line(&said[..said.len() - 1])), "Port 1 is taken");
+        assert_eq!(runtime.block_on(last_line(&b""[..])), "nothing");
+    }
+
+    #[test]
+    fn whatever_a_program_says_is_read() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut said: &[u8] = &vec![0xff; 3 * MOST_SAID];
+        runtime.block_on(pass_on(&mut said));
+        assert!(said.is_empty());
+    }
+
+    #[test]
     fn an_answer_is_waited_for_whatever_comes_before() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let (mut ours, mut theirs) = tokio::net::UnixStream::pair().unwrap();
             let other = [&[0, 0, 0, 20][..], &[7; 20]].concat();
             theirs.write_all(&other).await.unwrap();
-            theirs.write_all(&[&[0, 0, 0, 42][..], &[1; 12], &ARP, &[0; 20]].concat()).await.unwrap();
+            let mut arp = async |kind: [u8; 2]| {
+                let frame = [&[0, 0, 0, 42][..], &[1; 12], &ARP, &kind, &[9; 6], &GATEWAY.octets(), &[0; 10]].concat();
+                theirs.write_all(&frame).await.unwrap();
+            };
+            // One that asks answers nothing.
+            arp(REQUEST).await;
+            arp(REPLY).await;
             answers(&mut ours).await.unwrap();
             let mut asked = [0; 46];
             theirs.read_exact(&mut asked).await.unwrap();
             assert_eq!((&asked[..4], &asked[16..18], &asked[42..]), (&[0, 0, 0, 42][..], &[8, 6][..], &[10, 0, 2, 2][..]));
-            // One that ends does not answer.
+            // One that ends does not answer, nor one whose frames are no frames.
+            theirs.write_all(&[0, 1, 0, 0]).await.unwrap();
+            assert_eq!(answers(&mut ours).await.unwrap_err().kind(), std::io::ErrorKind::InvalidData);
             drop(theirs);
             assert!(answers(&mut ours).await.is_err());
         });

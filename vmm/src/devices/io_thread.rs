@@ -18,12 +18,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::balloon::BalloonServer;
 use super::mem::MemServer;
 use super::net::NetServer;
+use super::net::wire::Wire;
 use super::rng::RngServer;
 use super::vhost_net::VhostNet;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
-use super::wire::Wire;
-use super::{Activation, mem, wire};
+use super::{Activation, mem, net};
 use crate::filters;
 use crate::machine::stop;
 
@@ -119,8 +119,8 @@ enum NetPlace {
     },
     InService {
         server: Box<NetServer>,
-        /// Whether the wire is in the thread's epoll.
-        watched: bool,
+        /// What the thread's epoll watches the wire for; it is not in there for nothing.
+        watched: EventSet,
     },
 }
 
@@ -288,7 +288,7 @@ impl IoThread {
             return Ok(());
         };
         if let Wire::Tap(tap) = &wire {
-            wire::set_offloads(tap, activation.features)?;
+            net::set_offloads(tap, activation.features)?;
             if let Some(device) = vhost {
                 self.nets[place] = NetPlace::ServedOutside { _server: VhostNet::start(device, tap, &activation)? };
                 return Ok(());
@@ -299,7 +299,7 @@ impl IoThread {
         self.watch(server.rx_kick(), first + NET_RX)?;
         self.watch(server.tx_kick(), first + NET_TX)?;
         self.watch(server.wire(), first + NET_WIRE)?;
-        self.nets[place] = NetPlace::InService { server: Box::new(server), watched: true };
+        self.nets[place] = NetPlace::InService { server: Box::new(server), watched: EventSet::IN };
         Ok(())
     }
 
@@ -307,7 +307,7 @@ impl IoThread {
     /// the epoll by our word.
     fn detach_net(&mut self, place: usize) -> io::Result<()> {
         let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place).map(std::mem::take) else { return Ok(()) };
-        let wire = watched.then(|| server.wire().as_raw_fd());
+        let wire = (!watched.is_empty()).then(|| server.wire().as_raw_fd());
         for fd in [Some(server.rx_kick().as_raw_fd()), Some(server.tx_kick().as_raw_fd()), wire].into_iter().flatten() {
             self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())?;
         }
@@ -316,28 +316,28 @@ impl IoThread {
 
     fn serve_net(&mut self, place: u64, source: u64) -> io::Result<()> {
         let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place as usize) else { return Ok(()) };
-        match source + NET_RX {
-            NET_TX => {
-                // With more to do the thread comes back by itself.
-                if server.transmit() {
-                    server.tx_kick().write(1)?;
-                }
-                return Ok(());
-            }
-            NET_RX => server.room(),
-            _ => {}
+        let source = source + NET_RX;
+        // With more to do the thread comes back by itself.
+        if (source == NET_TX || watched.contains(EventSet::OUT)) && server.transmit() {
+            server.tx_kick().write(1)?;
         }
-        if server.receive() {
+        if source == NET_RX {
+            server.room();
+        }
+        if source != NET_TX && server.receive() {
             server.rx_kick().write(1)?;
         }
         // A wire that nobody can take from would keep the thread awake.
-        if server.wants_frames() != *watched {
-            *watched = server.wants_frames();
-            let operation = if *watched { ControlOperation::Add } else { ControlOperation::Delete };
-            let token = NET_WIRE + NET_TOKENS * place;
-            self.epoll.ctl(operation, server.wire().as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
-        }
-        Ok(())
+        let awaits = server.awaits();
+        let operation = match (watched.is_empty(), awaits.is_empty()) {
+            _ if awaits == *watched => return Ok(()),
+            (true, _) => ControlOperation::Add,
+            (_, true) => ControlOperation::Delete,
+            _ => ControlOperation::Modify,
+        };
+        *watched = awaits;
+        let token = NET_WIRE + NET_TOKENS * place;
+        self.epoll.ctl(operation, server.wire().as_raw_fd(), EpollEvent::new(awaits, token))
     }
 
     /// Carries frames on that a limit held back until now; how many milliseconds to wait before there are

@@ -20,7 +20,6 @@ pub mod vhost;
 pub mod vhost_net;
 pub mod vsock;
 pub mod window;
-pub mod wire;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};

@@ -36,6 +36,12 @@ impl Windows {
         self.0.size() as u64
     }
 
+    /// What the guest reads in one of them.
+    #[cfg(test)]
+    pub fn shown(&self, index: usize, offset: u64) -> u32 {
+        u32::from_le(self.0.as_volatile_slice().load(index * MMIO_SIZE as usize + offset as usize, Ordering::Acquire).unwrap())
+    }
+
     /// One of them, by its number.
     pub fn window(&self, index: usize) -> Window {
         Window { all: Arc::clone(&self.0), start: index * MMIO_SIZE as usize }

@@ -6,26 +6,19 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::ops::RangeInclusive;
 
 use caisson_protocol::vmm::NIC_HEADER;
 
-use super::net::{F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, MAX_FRAME};
-
-/// Bytes before each frame of a stream.
+/// The largest frame with its header: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
+pub const MAX_FRAME: usize = NIC_HEADER + 14 + 2 * 4 + (64 << 10);
+/// Bytes before each frame of a stream, which take the place of the end of its header.
 const LENGTH: usize = 4;
+const START: usize = NIC_HEADER - LENGTH;
+/// Frames that the other end of a stream takes: passt(1) hangs up on others.
+const STREAM_FRAMES: RangeInclusive<usize> = 14..=65_535;
 /// Frames of a stream are read ahead as far as they fit into so many bytes.
 const AHEAD: usize = 4 * MAX_FRAME;
-
-nix::ioctl_write_int!(
-    /// `TUNSETOFFLOAD` (linux/if_tun.h): what the reader of a tap can take.
-    tun_set_offload, b'T', 208
-);
-/// Offloads of a tap (linux/if_tun.h).
-const TUN_F_CSUM: u64 = 1;
-const TUN_F_TSO4: u64 = 2;
-const TUN_F_TSO6: u64 = 4;
-const TUN_F_TSO_ECN: u64 = 8;
 
 /// One of both.
 pub enum Wire {
@@ -44,11 +37,23 @@ impl Wire {
         }
     }
 
-    /// Sends a frame that has a header, which the wire may write on. What the host does not take is lost, as on any wire.
+    /// Sends a frame that has a header, which the wire may write on. A tap that has no room for it loses it, as any wire
+    /// would; a stream is to be sent nothing while it [is full](Self::is_full).
     pub fn send(&mut self, frame: &mut [u8]) {
         match self {
             Self::Tap(tap) => drop(tap.write(frame)),
             Self::Stream(stream) => stream.send(frame),
+        }
+    }
+
+    /// Whether what was sent before still waits for room, as far as there is none now.
+    pub fn is_full(&mut self) -> bool {
+        match self {
+            Self::Tap(_) => false,
+            Self::Stream(stream) => {
+                stream.flush();
+                !stream.unsent.is_empty()
+            }
         }
     }
 
@@ -83,7 +88,7 @@ pub struct Stream {
     buffer: Box<[u8]>,
     taken: usize,
     filled: usize,
-    /// Of a frame that the socket has only the beginning of, the rest.
+    /// What the socket has not taken, whole frames but for the first.
     unsent: Vec<u8>,
 }
 
@@ -94,22 +99,24 @@ impl Stream {
     }
 
     fn send(&mut self, frame: &mut [u8]) {
-        if !self.unsent.is_empty() {
-            let sent = self.socket.write(&self.unsent).unwrap_or(0);
-            self.unsent.drain(..sent);
-        }
-        if !self.unsent.is_empty() {
+        let length = frame.len() - NIC_HEADER;
+        if !STREAM_FRAMES.contains(&length) {
             return;
         }
-        // The end of the header makes way for the length.
-        let Some(start) = NIC_HEADER.checked_sub(LENGTH) else { return };
-        let length = (frame.len() - NIC_HEADER) as u32;
-        frame[start..NIC_HEADER].copy_from_slice(&length.to_be_bytes());
-        let bytes = &frame[start..];
-        match self.socket.write(bytes) {
-            Ok(sent) if sent < bytes.len() => self.unsent.extend_from_slice(&bytes[sent..]),
-            // It is lost, or sent.
-            _ => {}
+        frame[START..NIC_HEADER].copy_from_slice(&(length as u32).to_be_bytes());
+        self.unsent.extend_from_slice(&frame[START..]);
+        self.flush();
+    }
+
+    fn flush(&mut self) {
+        while !self.unsent.is_empty() {
+            match self.socket.write(&self.unsent) {
+                Ok(sent) => drop(self.unsent.drain(..sent)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                // Nobody is there to take it.
+                Err(_) => self.unsent.clear(),
+            }
         }
     }
 
@@ -146,19 +153,6 @@ impl Stream {
     fn next_length(&self) -> Option<usize> {
         self.ahead().first_chunk::<LENGTH>().map(|bytes| u32::from_be_bytes(*bytes) as usize)
     }
-}
-
-/// Tells a tap what the driver can take, by the features that it accepted.
-///
-/// # Errors
-/// When the tap cannot do without what the driver cannot take.
-#[expect(unsafe_code, reason = "an ioctl without a safe wrapper")]
-pub fn set_offloads(tap: &File, features: u64) -> io::Result<()> {
-    let pairs = [(F_GUEST_CSUM, TUN_F_CSUM), (F_GUEST_TSO4, TUN_F_TSO4), (F_GUEST_TSO6, TUN_F_TSO6), (F_GUEST_ECN, TUN_F_TSO_ECN)];
-    let offloads = pairs.iter().filter(|(feature, _)| features & (1 << feature) != 0).fold(0, |all, (_, offload)| all | offload);
-    // SAFETY: the ioctl takes a number and touches no memory of ours.
-    unsafe { tun_set_offload(tap.as_raw_fd(), offloads) }?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -221,23 +215,40 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_host_loses_whole_frames_alone() {
+    fn a_slow_host_gets_every_frame() {
         let (mut wire, mut host) = stream();
-        for number in 0..200 {
-            wire.send(&mut frame(20_000, number));
+        let mut sent = 0;
+        while !wire.is_full() {
+            wire.send(&mut frame(20_000, sent));
+            sent += 1;
         }
-        // What is left of a frame that did not fit goes before the next.
+        assert!((3..200).contains(&sent), "{sent}");
+        let mut got = vec![0; 20_004 * usize::from(sent)];
+        let (first, rest) = got.split_at_mut(20_004);
+        host.read_exact(first).unwrap();
+        while wire.is_full() {}
+        host.read_exact(rest).unwrap();
+        for (number, bytes) in got.chunks(20_004).enumerate() {
+            assert!(bytes[..4] == 20_000_u32.to_be_bytes() && bytes[4..].iter().all(|byte| usize::from(*byte) == number));
+        }
+        // With nobody there it is as full as a wire that leads nowhere.
+        drop(host);
+        wire.send(&mut frame(20_000, 0));
+        assert!(!wire.is_full());
+    }
+
+    #[test]
+    fn what_the_host_would_hang_up_on_is_not_sent() {
+        let (mut wire, mut host) = stream();
+        for length in [0, 13, 65_536, MAX_FRAME - NIC_HEADER] {
+            wire.send(&mut frame(length, 1));
+        }
         host.set_nonblocking(true).unwrap();
-        let mut all = Vec::new();
-        for _ in 0..3 {
-            let _ = host.read_to_end(&mut all);
-            wire.send(&mut frame(20_000, 200));
-        }
-        let _ = host.read_to_end(&mut all);
-        let frames: Vec<&[u8]> = all.chunks(20_004).collect();
-        assert!(frames.len() > 4 && frames.len() < 200, "{}", frames.len());
-        for bytes in frames {
-            assert!(bytes.len() == 20_004 && bytes[..4] == 20_000_u32.to_be_bytes() && bytes[4..].iter().all(|byte| *byte == bytes[4]));
+        assert_eq!(host.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        for length in [14, 65_535] {
+            wire.send(&mut frame(length, 1));
+            let mut got = vec![0; LENGTH + length];
+            host.read_exact(&mut got).unwrap();
         }
     }
 

@@ -10,20 +10,24 @@
 //!   ^------------- detached <---------------'- reset by the driver
 //! ```
 
+pub mod wire;
+
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use caisson_protocol::vmm::{NIC_HEADER, Nic, RateLimit};
 use virtio_queue::{QueueT, Writer};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::wire::{MAX_FRAME, Wire};
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
 use super::queue::{ActiveQueue, Chain};
 use super::rate::Way;
-use super::wire::Wire;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
 use crate::memory::GuestMemory;
 
@@ -32,11 +36,11 @@ const DEVICE_ID: u32 = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 /// Feature bits (5.1.3).
 const F_CSUM: u32 = 0;
-pub(super) const F_GUEST_CSUM: u32 = 1;
+const F_GUEST_CSUM: u32 = 1;
 const F_MAC: u32 = 5;
-pub(super) const F_GUEST_TSO4: u32 = 7;
-pub(super) const F_GUEST_TSO6: u32 = 8;
-pub(super) const F_GUEST_ECN: u32 = 9;
+const F_GUEST_TSO4: u32 = 7;
+const F_GUEST_TSO6: u32 = 8;
+const F_GUEST_ECN: u32 = 9;
 const F_HOST_TSO4: u32 = 11;
 const F_HOST_TSO6: u32 = 12;
 const F_HOST_ECN: u32 = 13;
@@ -54,10 +58,18 @@ const OFFLOADS: u64 = 1 << F_CSUM
 
 /// Where the header holds the number of buffers.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
-/// The largest frame: an IP packet of 64 KiB behind an Ethernet header with two VLAN tags.
-pub const MAX_FRAME: usize = NIC_HEADER + 14 + 2 * 4 + (64 << 10);
 /// Frames each way before the thread looks after its other work.
 const BUDGET: usize = 64;
+
+nix::ioctl_write_int!(
+    /// `TUNSETOFFLOAD` (linux/if_tun.h): what the reader of a tap can take.
+    tun_set_offload, b'T', 208
+);
+/// Offloads of a tap (linux/if_tun.h).
+const TUN_F_CSUM: u64 = 1;
+const TUN_F_TSO4: u64 = 2;
+const TUN_F_TSO6: u64 = 4;
+const TUN_F_TSO_ECN: u64 = 8;
 
 /// A place for an interface, shared by the device's front and the thread that attaches.
 #[derive(Clone, Default)]
@@ -189,9 +201,14 @@ impl NetServer {
         self.wire.file()
     }
 
-    /// Whether the wire is to be watched: the guest has room, no limit holds frames back, and the interface is still
-    /// there. A wire that is gone is ready for ever.
-    pub fn wants_frames(&self) -> bool {
+    /// What the wire is to be watched for: frames, when the guest has room, no limit holds them back, and the interface is
+    /// still there, as a wire that is gone is ready for ever; and room for what was sent.
+    pub fn awaits(&mut self) -> EventSet {
+        let frames = if self.wants_frames() { EventSet::IN } else { EventSet::empty() };
+        if self.wire.is_full() { frames | EventSet::OUT } else { frames }
+    }
+
+    fn wants_frames(&self) -> bool {
         self.waiting == 0 && !self.gone && self.receiving.held().is_none()
     }
 
@@ -206,7 +223,7 @@ impl NetServer {
         let mut more = true;
         let now = Instant::now();
         for _ in 0..BUDGET {
-            if !self.sending.is_open(now) {
+            if self.wire.is_full() || !self.sending.is_open(now) {
                 more = false;
                 break;
             }
@@ -299,165 +316,18 @@ fn copy_out(memory: &GuestMemory, chain: Chain<'_>, frame: &mut [u8]) -> Option<
     Some(length)
 }
 
-#[cfg(test)]
-mod tests {
-    use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixDatagram;
-
-    use proptest::prelude::*;
-    use virtio_queue::desc::RawDescriptor;
-    use virtio_queue::desc::split::Descriptor;
-    use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::{Bytes, GuestAddress};
-
-    use super::*;
-
-    const WRITE: u16 = 2;
-    const SIZE: u16 = 16;
-    const RX: u64 = 0x1000;
-    const TX: u64 = 0x4000;
-    const BUFFERS: u64 = 0x10000;
-
-    /// A driver's side of both queues, and the other end of the tap.
-    struct Driver {
-        memory: GuestMemory,
-        host: UnixDatagram,
-        server: NetServer,
-    }
-
-    impl Driver {
-        /// With these descriptors on offer, each a chain of its own.
-        fn new(rx: &[(u64, u32, u16)], tx: &[(u64, u32, u16)]) -> Self {
-            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-            let queue = |start: u64, chains: &[(u64, u32, u16)]| {
-                let mock = MockSplitQueue::create(&memory, GuestAddress(start), SIZE);
-                let descriptor = |(address, length, flags): &(u64, u32, u16)| Descriptor::new(*address, *length, *flags, 0);
-                let descriptors: Vec<RawDescriptor> = chains.iter().map(|chain| descriptor(chain).into()).collect();
-                mock.add_desc_chains(&descriptors, 0).unwrap();
-                ActiveQueue::new(mock.create_queue().unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap())
-            };
-            let queues = vec![queue(RX, rx), queue(TX, tx)];
-            let (host, tap) = UnixDatagram::pair().unwrap();
-            tap.set_nonblocking(true).unwrap();
-            host.set_nonblocking(true).unwrap();
-            let interrupt = Arc::new(Interrupt::new().unwrap());
-            let activation = Activation { features: FEATURES | OFFLOADS, queues, memory: memory.clone(), interrupt };
-            let server = NetServer::new(activation, Wire::Tap(File::from(OwnedFd::from(tap))), RateLimit::default()).unwrap();
-            Self { memory, host, server }
-        }
-
-        /// With a limit of so many frames a second.
-        fn limit(mut self, operations: u64) -> Self {
-            let limit = RateLimit { operations, ..RateLimit::default() };
-            (self.server.sending, self.server.receiving) = (Way::new(limit), Way::new(limit));
-            self
-        }
-
-        /// Chains that the driver got back.
-        fn used(&self, queue: &ActiveQueue) -> u16 {
-            self.memory.read_obj(GuestAddress(queue.layout().used_ring() + 2)).unwrap()
-        }
-    }
-
-    #[test]
-    fn what_the_guest_sends_reaches_the_wire() {
-        let mut driver = Driver::new(&[], &[(BUFFERS, 20, 0), (BUFFERS, 4, 0), (BUFFERS, 30, 0)]);
-        driver.memory.write_slice(&[7; 30], GuestAddress(BUFFERS)).unwrap();
-        assert!(!driver.server.transmit());
-        let mut frame = [0; 64];
-        // The second has no room for a header and is lost.
-        assert_eq!((driver.host.recv(&mut frame).unwrap(), driver.host.recv(&mut frame).unwrap()), (20, 30));
-        assert!(driver.host.recv(&mut frame).is_err());
-        assert_eq!(driver.used(&driver.server.tx), 3);
-    }
-
-    #[test]
-    fn a_frame_fills_as_many_buffers_as_it_needs() {
-        let mut driver = Driver::new(&[(BUFFERS, 16, WRITE), (BUFFERS + 16, 16, WRITE), (BUFFERS + 32, 16, WRITE)], &[]);
-        let frame: Vec<u8> = (0..40).collect();
-        driver.host.send(&frame).unwrap();
-        driver.server.receive();
-        let mut got = [0; 40];
-        driver.memory.read_slice(&mut got, GuestAddress(BUFFERS)).unwrap();
-        assert_eq!((&got[..10], &got[12..]), (&frame[..10], &frame[12..]));
-        assert_eq!((got[10], driver.used(&driver.server.rx)), (3, 3));
-        assert!(driver.server.wants_frames());
-    }
-
-    #[test]
-    fn a_frame_waits_until_there_is_room_for_all_of_it() {
-        let mut driver = Driver::new(&[(BUFFERS, 16, WRITE)], &[]);
-        driver.host.send(&[1; 40]).unwrap();
-        driver.server.receive();
-        assert!(!driver.server.wants_frames());
-        assert_eq!(driver.used(&driver.server.rx), 0);
-    }
-
-    #[test]
-    fn buffers_without_room_are_given_back_and_not_collected_for_ever() {
-        let mut driver = Driver::new(&[(BUFFERS, 0, WRITE); SIZE as usize], &[]);
-        driver.host.send(&[1; 40]).unwrap();
-        driver.server.receive();
-        assert_eq!(driver.used(&driver.server.rx), SIZE);
-        assert!(driver.server.wants_frames());
-    }
-
-    #[test]
-    fn a_limit_holds_frames_back_and_loses_none() {
-        let mut driver = Driver::new(&[(BUFFERS, 64, WRITE); 4], &[(BUFFERS, 20, 0); 4]).limit(1);
-        // A bucket holds a tenth of a frame, and the first frame is owed.
-        assert!(!driver.server.transmit());
-        driver.host.send(&[1; 40]).unwrap();
-        driver.host.send(&[1; 40]).unwrap();
-        driver.server.receive();
-        assert_eq!((driver.used(&driver.server.tx), driver.used(&driver.server.rx)), (1, 1));
-        assert!(!driver.server.wants_frames() && driver.server.held().iter().all(Option::is_some));
-        let mut driver = driver.limit(0);
-        driver.server.transmit();
-        driver.server.receive();
-        assert_eq!((driver.used(&driver.server.tx), driver.used(&driver.server.rx)), (4, 2));
-        assert!(driver.server.wants_frames() && driver.server.held() == [None, None]);
-    }
-
-    #[test]
-    fn a_wire_that_is_gone_is_not_watched_any_more() {
-        let mut driver = Driver::new(&[(BUFFERS, 64, WRITE)], &[]);
-        driver.server.receive();
-        assert!(driver.server.wants_frames());
-        // It reads as one whose interface was taken away: at once, and no frame.
-        driver.server.wire = Wire::Tap(File::open("/dev/null").unwrap());
-        driver.server.receive();
-        assert!(!driver.server.wants_frames());
-    }
-
-    #[test]
-    fn an_empty_place_is_no_device() {
-        let (_, commands) = super::super::io_thread::IoThread::new(crate::devices::mem::Shared::new(0, 0)).unwrap();
-        let place = Place::default();
-        let net = Net::new(0, place.clone(), commands);
-        assert_eq!(net.id(), 0);
-        let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], stream: false, vhost: false, limit: RateLimit::default() };
-        assert!(place.attach(nic) && !place.attach(nic));
-        let mut config = [7; 8];
-        net.read_config(0, &mut config);
-        assert_eq!((net.id(), config), (1, [2, 0, 0, 0, 0, 9, 0, 0]));
-        assert_ne!(net.features() & OFFLOADS, 0);
-        place.detach();
-        assert_eq!(net.id(), 0);
-        assert!(place.attach(Nic { stream: true, ..nic }));
-        assert_eq!(net.features() & OFFLOADS, 0, "a stream has no header to say what is left to do");
-    }
-
-    proptest! {
-        #[test]
-        fn whatever_the_driver_offers_is_served(
-            rx in proptest::collection::vec((any::<u64>(), any::<u32>(), any::<u16>()), 0..8),
-            tx in proptest::collection::vec((0u64..1 << 21, 0u32..1 << 18, any::<u16>()), 0..8),
-        ) {
-            let mut driver = Driver::new(&rx, &tx);
-            driver.host.send(&[1; 100]).unwrap();
-            driver.server.receive();
-            driver.server.transmit();
-        }
-    }
+/// Tells a tap what the driver can take, by the features that it accepted.
+///
+/// # Errors
+/// When the tap cannot do without what the driver cannot take.
+#[expect(unsafe_code, reason = "an ioctl without a safe wrapper")]
+pub fn set_offloads(tap: &File, features: u64) -> io::Result<()> {
+    let pairs = [(F_GUEST_CSUM, TUN_F_CSUM), (F_GUEST_TSO4, TUN_F_TSO4), (F_GUEST_TSO6, TUN_F_TSO6), (F_GUEST_ECN, TUN_F_TSO_ECN)];
+    let offloads = pairs.iter().filter(|(feature, _)| features & (1 << feature) != 0).fold(0, |all, (_, offload)| all | offload);
+    // SAFETY: the ioctl takes a number and touches no memory of ours.
+    unsafe { tun_set_offload(tap.as_raw_fd(), offloads) }?;
+    Ok(())
 }
+
+#[cfg(test)]
+mod tests;
