@@ -24,7 +24,7 @@ use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::FileSystem;
-use virtiofsd::fuse::Opcode;
+use virtiofsd::fuse::{Opcode, OutHeader};
 use virtiofsd::server::Server;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -98,10 +98,11 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
         while let Some(chain) = next(memory, vring)? {
             served += 1;
             let (shared, vring, memory) = (Arc::clone(&self.shared), vring.clone(), memory.clone());
-            if may_wait(&memory.memory(), &chain) {
-                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain)), &self.shared.fail);
+            let kind = kind(&memory.memory(), &chain);
+            if may_wait(kind) {
+                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain, kind)), &self.shared.fail);
             } else {
-                shared.answer(&memory, &vring, chain)?;
+                shared.answer(&memory, &vring, chain, kind)?;
             }
         }
         Ok(served)
@@ -109,10 +110,13 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
 }
 
 impl<F: FileSystem + Sync> Shared<F> {
-    fn answer(&self, memory: &Memory, vring: &Vring, chain: DescriptorChain<Loaded>) -> Result<(), String> {
+    fn answer(&self, memory: &Memory, vring: &Vring, chain: DescriptorChain<Loaded>, kind: Option<Opcode>) -> Result<(), String> {
         let (head, memory) = (chain.head_index(), memory.memory());
         let reader = Reader::new(&memory, chain.clone()).map_err(|error| format!("a request of the guest: {error}"))?;
         let writer = Writer::new(&memory, chain).map_err(|error| format!("room for an answer to the guest: {error}"))?;
+        if takes_room_for_granted(kind) && writer.available_bytes() < size_of::<OutHeader>() {
+            return Err("a request of the guest has no room for its answer".into());
+        }
         let length = self.server.handle_message(reader, writer, None::<&mut vhost::vhost_user::Backend>);
         let length = length.map_err(|error| format!("a request of the guest: {error}"))?;
         let mut state = vring.get_mut();
@@ -125,8 +129,8 @@ impl<F: FileSystem + Sync> Shared<F> {
         Ok(())
     }
 
-    fn answer_or_fail(&self, memory: &Memory, vring: &Vring, chain: DescriptorChain<Loaded>) {
-        if let Err(reason) = self.answer(memory, vring, chain) {
+    fn answer_or_fail(&self, memory: &Memory, vring: &Vring, chain: DescriptorChain<Loaded>, kind: Option<Opcode>) {
+        if let Err(reason) = self.answer(memory, vring, chain, kind) {
             (self.fail)(reason);
         }
     }
@@ -194,15 +198,24 @@ fn is_awaited(vrings: &[Vring]) -> Result<bool, String> {
     Ok(awaited)
 }
 
-/// Whether a request waits for disks by its nature, so that others would wait for it.
+/// What a request says that it is: its first descriptor holds its header, as drivers have it.
 ///
-/// The header is read from the guest's memory once more when the request is answered: what it says here decides about
-/// who does that, and nothing else. Its first descriptor holds it, as drivers have it.
-fn may_wait(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> bool {
-    let first = chain.clone().next();
-    let header = first.and_then(|descriptor| memory.read_obj::<[u32; 2]>(descriptor.addr()).ok());
-    let opcode = header.and_then(|[_length, opcode]| Opcode::try_from(opcode).ok());
-    matches!(opcode, Some(Opcode::Fsync | Opcode::Fsyncdir | Opcode::Syncfs | Opcode::Fallocate | Opcode::CopyFileRange))
+/// The header is read from the guest's memory once more when the request is answered; a guest that has changed it by then
+/// has it answered by somebody else than meant, or ends the server.
+fn kind(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> Option<Opcode> {
+    let first = chain.clone().next()?;
+    let [_length, opcode] = memory.read_obj::<[u32; 2]>(first.addr()).ok()?;
+    Opcode::try_from(opcode).ok()
+}
+
+/// Whether a request waits for disks by its nature, so that others would wait for it.
+fn may_wait(kind: Option<Opcode>) -> bool {
+    matches!(kind, Some(Opcode::Fsync | Opcode::Fsyncdir | Opcode::Syncfs | Opcode::Fallocate | Opcode::CopyFileRange))
+}
+
+/// Whether virtiofsd's server panics when a request has no room for as much as an answer's header.
+fn takes_room_for_granted(kind: Option<Opcode>) -> bool {
+    matches!(kind, Some(Opcode::Read | Opcode::Readdir | Opcode::Readdirplus))
 }
 
 /// Threads for requests that wait.
@@ -408,6 +421,18 @@ mod tests {
         kick(&device, &guest);
         let reason = reasons.recv().unwrap();
         assert!(reason.starts_with("the guest's queue: "), "{reason}");
+    }
+
+    #[test]
+    fn a_request_without_room_for_its_answer_ends_the_server_with_its_reason() {
+        const READ: u32 = 15;
+        let (device, _let_go, reasons) = device(Duration::ZERO, 0);
+        let mut guest = Guest::new(&device);
+        guest.offer(READ);
+        // The chain ends with the request.
+        guest.write([0_u16, 0], DESCRIPTORS + 12);
+        kick(&device, &guest);
+        assert_eq!(reasons.recv().unwrap(), "a request of the guest has no room for its answer");
     }
 
     #[test]

@@ -89,7 +89,7 @@ impl Rings {
     }
 
     /// Offers one chain: buffers by address, length, and whether the device writes them.
-    pub fn offer(&mut self, memory: &GuestMemory, buffers: &[(u64, u32, bool)]) {
+    pub fn offer(&mut self, memory: &impl Bytes<GuestAddress>, buffers: &[(u64, u32, bool)]) {
         let head = self.next % SIZE;
         for (index, (address, length, written)) in buffers.iter().enumerate() {
             let slot = self.next % SIZE;
@@ -107,7 +107,7 @@ impl Rings {
     }
 
     /// Offers a chain as the input says, of four buffers at most.
-    pub fn offer_any(&mut self, memory: &GuestMemory, input: &mut Input<'_>) {
+    pub fn offer_any(&mut self, memory: &impl Bytes<GuestAddress>, input: &mut Input<'_>) {
         let buffers: Vec<_> = (0..=input.u8() % 4).map(|_| any_buffer(input)).collect();
         self.offer(memory, &buffers);
     }
@@ -122,7 +122,7 @@ fn any_buffer(input: &mut Input<'_>) -> (u64, u32, bool) {
 }
 
 /// Writes what the input holds anywhere into memory, the rings included.
-pub fn scribble(memory: &GuestMemory, input: &mut Input<'_>) {
+pub fn scribble(memory: &impl Bytes<GuestAddress>, input: &mut Input<'_>) {
     let address = u64::from(input.u32()) % MEMORY_BYTES;
     let count = usize::from(input.u8());
     let _ = memory.write(input.bytes(count), GuestAddress(address));

@@ -1,32 +1,36 @@
-//! A guest that does as it likes with the requests of virtio-fs, against the server that `caisson-fs`
-//! runs, in a share that is empty at first: nothing leads out of it, and each request is answered.
+//! A guest that does as it likes with the queues and the requests of virtio-fs, against the device that `caisson-fs`
+//! runs, in a share that is empty at first: nothing leads out of it, and each request is answered or ends the server.
 #![no_main]
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
+use caisson_fs::device::Device;
 use caisson_fs::share::Share;
 use caisson_fuzz::Input;
-use caisson_fuzz::driver::{DATA, MEMORY_BYTES, Rings, memory};
+use caisson_fuzz::driver::{DATA, MEMORY_BYTES, Rings, SIZE, scribble};
 use caisson_sys::mounts::{Attributes, set_attributes};
 use libfuzzer_sys::fuzz_target;
 use nix::libc::MOUNT_ATTR_RDONLY;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use virtiofsd::descriptor_utils::{Reader, Writer};
+use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtiofsd::passthrough::{Config, PassthroughFs};
-use virtiofsd::server::Server;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
 
 /// Names the folder that is to be the share; what is beside it the process may write, too.
 const SHARE: &str = "CAISSON_FUZZ_SHARE";
 /// `FUSE_INIT` and the version of the protocol that is spoken, with no features (linux/fuse.h).
 const INIT: u32 = 26;
 const VERSION: [u32; 4] = [7, 38, 0, 0];
-/// Requests known to the protocol, and some that are not.
+/// Requests known to the protocol, and some that are not; from the last on it is the queues that are meddled with.
 const OPCODES: u32 = 56;
+const MEDDLES: u8 = 0xe0;
 /// Bytes of a request's header, and of an answer.
 const HEADER: usize = 40;
 const ANSWER: u32 = 0x2000;
@@ -81,35 +85,56 @@ fuzz_target!(|data: &[u8]| {
     let config = Config { root_dir: share.to_string_lossy().into_owned(), xattr: true, announce_submounts: true, ..Config::default() };
     let fs = PassthroughFs::new(config).expect("the share can be served");
     fs.open_root_node().expect("the share can be opened");
-    let server = Server::new(Share::new(fs, true));
-    let (memory, mut rings, mut input) = (memory(), Rings::new(0), Input(data));
-    // The server's view of the same memory, but for the rings.
-    let data = GuestMemoryMmap::<BitmapMmapRegion>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("memory");
-    let mut queue = rings.queue(&memory);
-    let mut ask = |bytes: &[u8]| {
-        data.write_slice(bytes, GuestAddress(DATA)).expect("a request fits");
-        rings.offer(&memory, &[(DATA, bytes.len() as u32, false), (DATA + 0x1_0000, ANSWER, true)]);
-        while let Some(chain) = queue.next(&memory) {
-            let head = chain.head_index();
-            let (reader, writer) = (Reader::new(&data, chain.clone()), Writer::new(&data, chain));
-            if let (Ok(reader), Ok(writer)) = (reader, writer) {
-                let _ = server.handle_message(reader, writer, None::<&mut vhost::vhost_user::Backend>);
-            }
-            queue.give_back(&memory, head, 0);
-        }
+    let ended = Arc::new(AtomicBool::new(false));
+    let end = Arc::clone(&ended);
+    let device = Device::new(Share::new(fs, true), Duration::ZERO, 0, move |_reason| end.store(true, Ordering::Relaxed));
+    let memory = GuestMemoryMmap::<BitmapMmapRegion>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("memory");
+    let memory = GuestMemoryAtomic::new(memory);
+    device.update_memory(memory.clone()).expect("it takes any memory");
+    let (mut rings, mut input) = ([Rings::new(0), Rings::new(1)], Input(data));
+    let vrings = rings.map(|rings| {
+        let vring = VringMutex::new(memory.clone(), SIZE).expect("a size that virtio knows");
+        let [descriptors, available, used] = rings.addresses();
+        vring.set_queue_info(descriptors, available, used).expect("addresses that are aligned");
+        vring.set_queue_event_idx(true);
+        vring.set_queue_ready(true);
+        vring.set_enabled(true);
+        vring
+    });
+    let guest = memory.memory();
+    let serve = || {
+        device.handle_event(1, EventSet::IN, &vrings, 0).expect("what is wrong ends the server");
         let mut answer = [0; ANSWER as usize];
-        data.read_slice(&mut answer, GuestAddress(DATA + 0x1_0000)).expect("an answer lies in memory");
+        guest.read_slice(&mut answer, GuestAddress(DATA + 0x1_0000)).expect("an answer lies in memory");
         if answer.windows(SECRET.len()).any(|window| window == SECRET) {
             escaped("a request read what lies beside the share");
         }
     };
-    ask(&request(INIT, 0, &VERSION.map(u32::to_le_bytes).concat()));
-    while !input.is_empty() {
-        let (opcode, node) = (u32::from(input.u8()) % OPCODES, u64::from(input.u8()) % KNOWN);
-        let length = usize::from(input.u16()) % BODY;
-        ask(&request(opcode, node, input.bytes(length)));
+    let ask = |rings: &mut Rings, bytes: &[u8]| {
+        guest.write_slice(bytes, GuestAddress(DATA)).expect("a request fits");
+        rings.offer(&*guest, &[(DATA, bytes.len() as u32, false), (DATA + 0x1_0000, ANSWER, true)]);
+        serve();
+    };
+    ask(&mut rings[1], &request(INIT, 0, &VERSION.map(u32::to_le_bytes).concat()));
+    while !input.is_empty() && !ended.load(Ordering::Relaxed) {
+        match input.u8() {
+            meddle @ MEDDLES.. => {
+                let rings = &mut rings[usize::from(meddle & 1)];
+                if meddle & 2 == 0 {
+                    rings.offer_any(&*guest, &mut input)
+                } else {
+                    scribble(&*guest, &mut input)
+                }
+                serve();
+            }
+            opcode => {
+                let (opcode, node) = (u32::from(opcode) % OPCODES, u64::from(input.u8()) % KNOWN);
+                let length = usize::from(input.u16()) % BODY;
+                ask(&mut rings[1], &request(opcode, node, input.bytes(length)));
+            }
+        }
     }
-    drop(server);
+    drop(device);
     umount2(share, MntFlags::MNT_DETACH).expect("the share is let go");
     let secret = share.with_file_name(SECRET_FILE);
     if std::fs::read(&secret).is_ok_and(|content| content != SECRET) || !secret.exists() {
