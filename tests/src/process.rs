@@ -168,8 +168,8 @@ fn pause_stops_and_resume_continues() {
 }
 
 fn annotations_size_the_machine() {
-    // The least there is; and one that has memory on both sides of the hole below 4 GiB.
-    for (vcpus, mib, least) in [(1, 64, 32), (2, 384, 300), (4, 4096, 3900)] {
+    // The least there is; one that has memory on both sides of the hole below 4 GiB; and the most vCPUs.
+    for (vcpus, mib, least) in [(1, 64, 32), (2, 384, 300), (4, 4096, 3900), (32, 512, 400)] {
         let (vcpus_is, memory_is) = (format!("io.caisson.vm.vcpus={vcpus}"), format!("io.caisson.vm.memory_mib={mib}"));
         let output = run_pod(
             &["--annotation", &vcpus_is, "--annotation", &memory_is],
