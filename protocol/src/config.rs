@@ -157,7 +157,7 @@ impl Default for Config {
             fs_mapped_volumes: Vec::new(),
             fs_threads: 2,
             fs_poll_us: 1000,
-            boot_timeout_ms: 30_000,
+            boot_timeout_ms: 60_000,
             agent_timeout_ms: 30_000,
             health_interval_ms: 10_000,
             drain_timeout_ms: 10_000,

@@ -438,6 +438,10 @@ impl Pod {
         let processes = self.machine()?.sandbox.agent.pids(id).await?;
         // The container's own process has the id that containerd knows; the others have the guest's.
         let known = |pid: u32| if pid == container.guest_pid { container.task.pid() } else { pid };
+        if processes.is_empty() {
+            // One that has ended and is not deleted: a containerd that starts forgets a task without any, exit code and all.
+            return Ok(vec![(container.task.pid(), String::new())]);
+        }
         Ok(processes.into_iter().map(|process| (known(process.pid), process.exec)).collect())
     }
 

@@ -19,6 +19,7 @@ pub const ALONE: &[Test] = &[
     ("a_panicking_guest_exits_137_and_leaves_nothing", a_panicking_guest_exits_137_and_leaves_nothing),
     ("output_and_exit_survive_a_containerd_restart", output_and_exit_survive_a_containerd_restart),
     ("a_pods_log_is_whole_across_a_containerd_restart", a_pods_log_is_whole_across_a_containerd_restart),
+    ("an_exit_while_containerd_is_down_is_not_lost", an_exit_while_containerd_is_down_is_not_lost),
     ("broken_files_are_one_clear_sentence", broken_files_are_one_clear_sentence),
     ("bad_settings_are_one_clear_sentence", bad_settings_are_one_clear_sentence),
     ("without_kvm_create_says_so", without_kvm_create_says_so),
@@ -165,6 +166,15 @@ fn a_pods_log_is_whole_across_a_containerd_restart() {
     };
     eventually(|| said().len() >= 150, "lines are missing");
     assert_eq!(said(), (1..=150).map(|number| format!("line {number}")).collect::<Vec<_>>());
+}
+
+fn an_exit_while_containerd_is_down_is_not_lost() {
+    let pod = Pod::start("gap", &[], "sleep 5; exit 9");
+    run("bash", &["-c", "kill -9 $(cat /run/containerd.pid)"]);
+    std::thread::sleep(Duration::from_secs(8));
+    assert_eq!(run("/usr/lib/node/containerd.sh", &[]).code, 0);
+    pod.wait_for("STOPPED");
+    assert_eq!(pod.delete(), 9);
 }
 
 /// Replaces a file for as long as it lives.
