@@ -26,7 +26,8 @@ use crate::pod::Pod;
 use crate::sandboxer::SandboxService;
 use crate::service::TaskService;
 
-/// containerd up to 1.7 asks for the first, from 2.0 on for the second; the messages are the same.
+/// containerd calls the first of a shim that answers `start` with an address alone, as every version understands, and the
+/// second of one that says that it speaks version 3; the messages are the same.
 const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 /// How long the answer to the last request may take to leave.
 const GOODBYE: Duration = Duration::from_millis(50);
