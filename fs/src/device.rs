@@ -65,8 +65,9 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     /// A device that looks for another request for at most so long after the last one, and has so many workers for requests
     /// that wait for disks. `fail` ends the process, for the reason that it is given.
     pub fn new(fs: F, poll: Duration, workers: usize, fail: impl Fn(String) + Send + Sync + 'static) -> Self {
-        let shared = Arc::new(Shared { server: Server::new(fs), fail: Arc::new(fail) });
-        Self { shared, memory: RwLock::default(), poll, workers: Workers { count: workers, jobs: OnceLock::new() } }
+        let fail: Fail = Arc::new(fail);
+        let workers = Workers { count: workers, fail: Arc::clone(&fail), jobs: OnceLock::new() };
+        Self { shared: Arc::new(Shared { server: Server::new(fs), fail }), memory: RwLock::default(), poll, workers }
     }
 
     /// Serves the queues until nothing has come for a while, and the guest knows that it has to wake us.
@@ -100,7 +101,7 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
             let (shared, vring, memory) = (Arc::clone(&self.shared), vring.clone(), memory.clone());
             let kind = kind(&memory.memory(), &chain);
             if may_wait(kind) {
-                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain, kind)), &self.shared.fail);
+                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain, kind)));
             } else {
                 shared.answer(&memory, &vring, chain, kind)?;
             }
@@ -221,25 +222,26 @@ fn takes_room_for_granted(kind: Option<Opcode>) -> bool {
 /// Threads for requests that wait.
 struct Workers {
     count: usize,
+    fail: Fail,
     /// To those that run; they are started for the first that waits.
     jobs: OnceLock<Option<SyncSender<Job>>>,
 }
 
 impl Workers {
     /// Has a worker do something, or does it at once when there is none, or they have enough to do.
-    fn give(&self, job: Job, fail: &Fail) {
-        let Some(jobs) = self.jobs.get_or_init(|| self.start(fail)) else { return job() };
+    fn give(&self, job: Job) {
+        let Some(jobs) = self.jobs.get_or_init(|| self.start()) else { return job() };
         if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = jobs.try_send(job) {
             job();
         }
     }
 
-    fn start(&self, fail: &Fail) -> Option<SyncSender<Job>> {
+    fn start(&self) -> Option<SyncSender<Job>> {
         let (sender, receiver) = sync_channel::<Job>(LARGEST_QUEUE);
         let receiver = Arc::new(Mutex::new(receiver));
         let mut started = false;
         for _ in 0..self.count {
-            let (receiver, fail) = (Arc::clone(&receiver), Arc::clone(fail));
+            let (receiver, fail) = (Arc::clone(&receiver), Arc::clone(&self.fail));
             let run = move || match unshare(CloneFlags::CLONE_FS) {
                 // A request may come to another kind while it waits here, and need a current folder or a mask of its own.
                 Ok(()) => work(&receiver),

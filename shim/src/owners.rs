@@ -148,8 +148,8 @@ async fn answer(pod: &Arc<Pod>, request: Request) -> Result<Answered> {
             Ok((Answer::Done, None))
         }
         Request::Metrics => {
-            let mut usage = Usage { vcpus: 0, memory_mib: 0, containers: Vec::new() };
-            machine.store.read(|record| (usage.vcpus, usage.memory_mib) = (record.vcpus, record.memory_mib));
+            let (vcpus, memory_mib) = machine.store.read(|record| (record.vcpus, record.memory_mib));
+            let mut usage = Usage { vcpus, memory_mib, containers: Vec::new() };
             for container in members(pod) {
                 // One that ends meanwhile uses nothing.
                 let Ok(stats) = machine.sandbox.agent.stats(&container.id).await else { continue };

@@ -55,7 +55,7 @@ impl Store {
 
     /// The pod's id.
     pub fn pod(&self) -> String {
-        self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pod.clone()
+        self.read(|record| record.pod.clone())
     }
 
     /// The tree that the guest sees.
@@ -64,8 +64,8 @@ impl Store {
     }
 
     /// Shows the record.
-    pub fn read(&self, look: impl FnOnce(&PodRecord)) {
-        look(&self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    pub fn read<T>(&self, look: impl FnOnce(&PodRecord) -> T) -> T {
+        look(&self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// Changes the record, on disk first.

@@ -71,9 +71,7 @@ pub async fn connect(config: &Config, store: &Store, spec: &Spec, sandbox: &Arc<
         // Where that is not allowed there is less of it.
         let _ = setsockopt(end, sockopt::SndBufForce, &ROOM);
     }
-    let mut uid = None;
-    store.read(|record| uid = record.uid);
-    let uid = uid.context("the pod has no user id")?;
+    let uid = store.read(|record| record.uid).context("the pod has no user id")?;
     let mut command = Command::new(program);
     command.args(["--foreground", "--quiet", "--fd", &CONTROL_FD.to_string()]).args(arguments(&config.network_publish));
     command.uid(uid).gid(uid).current_dir("/").env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

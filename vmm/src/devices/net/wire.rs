@@ -111,11 +111,11 @@ impl Stream {
     fn flush(&mut self) {
         while !self.unsent.is_empty() {
             match self.socket.write(&self.unsent) {
-                Ok(sent) => drop(self.unsent.drain(..sent)),
+                Ok(sent @ 1..) => drop(self.unsent.drain(..sent)),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 // Nobody is there to take it.
-                Err(_) => self.unsent.clear(),
+                _ => self.unsent.clear(),
             }
         }
     }
