@@ -6,6 +6,7 @@
 
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -28,14 +29,11 @@ const MAX_INPUT: u64 = 1 << 20;
 /// In the bundle: the shim's address, which containerd reads after its own restart.
 const ADDRESS_FILE: &str = "address";
 
-/// Path of the socket of a pod's shim.
+/// Path of the socket of a pod's shim, by the rule of containerd's own shims (its `pkg/shim.SocketAddress`),
+/// by which tools find a shim whose task they know.
 pub fn socket_path(address: &str, namespace: &str, pod: &str) -> PathBuf {
-    let mut hash = Sha256::new();
-    for part in [address, namespace, pod, "caisson"] {
-        hash.update(part.as_bytes());
-        hash.update([0]);
-    }
-    let name: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash = Sha256::digest(Path::new(address).join(namespace).join(pod).as_os_str().as_bytes());
+    let name: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
     Path::new(SOCKET_DIR).join(name)
 }
 
@@ -129,6 +127,13 @@ mod tests {
     use protobuf::MessageField;
 
     use super::*;
+
+    #[test]
+    fn the_socket_is_where_containerds_tools_look_for_it() {
+        // sha256("/run/containerd/containerd.sock/k8s.io/web")
+        let path = "/run/containerd/s/31492f64622e2197f39d1097eef6dd53ef2551ab09ee09a8437ce5507a085daa";
+        assert_eq!(socket_path("/run/containerd/containerd.sock", "k8s.io", "web"), Path::new(path));
+    }
 
     #[test]
     fn a_handlers_configuration_is_read_out_of_its_options() {

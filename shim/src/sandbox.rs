@@ -301,6 +301,8 @@ fn memory_file(name: &str, mib: u64) -> Result<File> {
 /// Makes the share a mount of its own that passes later mounts on to the file server.
 fn prepare_share(share: &Path) -> Result<()> {
     mount(Some(share), share, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("bind the share")?;
+    // Else each of its mounts would appear in the folder beneath as well, by way of the host's mount there.
+    mount(None::<&str>, share, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).context("make the share's mounts its own")?;
     mount(None::<&str>, share, None::<&str>, MsFlags::MS_SHARED, None::<&str>).context("make the share's mounts propagate")
 }
 

@@ -192,22 +192,34 @@ fn kill(process: &ProcessRecord) {
     }
 }
 
-/// Detaches every mount at or below a folder, the innermost first.
+/// More mounts than anybody puts on top of each other at one place.
+const MAX_STACKED: usize = 64;
+
+/// Detaches every mount at or below a folder.
+///
+/// Each call may take as long as the host's disks are busy, so that there are few: what is mounted within
+/// a mount goes with it.
 ///
 /// # Errors
 /// When a mount does not come off.
 pub fn unmount_below(dir: &Path) -> Result<()> {
-    let points = mounts::points()?.into_iter().map(|point| point.path);
-    let mut points: Vec<PathBuf> = points.filter(|point| point.starts_with(dir)).collect();
-    points.reverse();
-    for point in points {
-        match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // Not a mount any more: it went with its parent.
-            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
-            Err(error) => return Err(error).with_context(|| format!("unmount {}", point.display())),
+    for _ in 0..MAX_STACKED {
+        let mut points: Vec<PathBuf> = mounts::points()?.into_iter().map(|point| point.path).filter(|point| point.starts_with(dir)).collect();
+        if points.is_empty() {
+            return Ok(());
+        }
+        points.sort_unstable();
+        // In this order what is within a mount comes after it.
+        points.dedup_by(|point, outer| point.starts_with(outer));
+        for point in points {
+            match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                // Not a mount any more: somebody else was faster.
+                Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+                Err(error) => return Err(error).with_context(|| format!("unmount {}", point.display())),
+            }
         }
     }
-    Ok(())
+    bail!("unmount {}: something is mounted there again and again", dir.display())
 }
 
 /// Removes a tree of folders and our own small files.
