@@ -15,7 +15,8 @@ use crate::init::{bundle_dir, process_file, spec_file};
 use crate::names::check_id;
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
-use crate::{devices, memory_volumes, share, sys, volumes};
+use crate::sockets::Sockets;
+use crate::{devices, memory_volumes, share, sockets, sys, volumes};
 
 /// A request that cannot be served; the service maps it to a ttrpc code.
 #[derive(Debug, thiserror::Error)]
@@ -70,13 +71,14 @@ type Shared = Arc<tokio::sync::Mutex<Process>>;
 pub struct Containers {
     reaper: Reaper,
     huge_pages: Arc<HugePages>,
+    sockets: Sockets,
     processes: Mutex<HashMap<(String, String), Shared>>,
 }
 
 impl Containers {
     /// No containers.
     pub fn new(reaper: Reaper) -> Self {
-        Self { reaper, huge_pages: Arc::default(), processes: Mutex::default() }
+        Self { reaper, huge_pages: Arc::default(), sockets: Sockets::default(), processes: Mutex::default() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Shared>> {
@@ -118,7 +120,7 @@ impl Containers {
     ///
     /// Mounts within its volumes are found first. Returns that process's id.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, Error> {
-        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, memory_volumes, .. } = request;
+        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, memory_volumes, sockets, .. } = request;
         let (id, stdio) = (id.as_str(), stdio.unwrap_or_default());
         check_id(id)?;
         let process = self.insert(id, "", stdio.clone())?;
@@ -129,15 +131,20 @@ impl Containers {
             inner_mounts.iter().for_each(|path| find_mount(path));
             huge_pages.reserve(&container, huge_page_bytes)?;
             memory_volumes.iter().try_for_each(memory_volumes::make)?;
+            let sockets = sockets::listen(&container, &sockets)?;
             let cgroup = Cgroup::of(&container);
             cgroup.create(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()))?;
             devices::restrict(&cgroup, &spec)?;
             let made = process::make_container(&container, &spec, &stdio)?;
             // It waits to be started, so it is there.
             let mounts = File::open(format!("/proc/{}/ns/mnt", made.pid)).context("open the container's mount namespace")?;
-            Ok((made, mounts))
+            Ok((made, mounts, sockets))
         })
-        .await;
+        .await
+        .and_then(|(made, mounts, sockets)| {
+            self.sockets.add(id, sockets)?;
+            Ok((made, mounts))
+        });
         match made {
             Ok((Made { pid, starter, terminal }, mounts)) => {
                 process.pid = Some(pid);
@@ -149,6 +156,7 @@ impl Containers {
             }
             Err(error) => {
                 self.remove(id, "");
+                self.sockets.remove(id);
                 // Something of it may exist already.
                 let container = id.to_owned();
                 let huge_pages = Arc::clone(&self.huge_pages);
@@ -247,6 +255,25 @@ impl Containers {
         }
     }
 
+    /// Waits until somebody connects to a container's socket, and returns the connection's number.
+    pub async fn accept_socket(&self, container: &str, socket: &str) -> Result<u64, Error> {
+        let gone = || Error::Precondition(format!("{}: has exited", name(container, "")));
+        let exit = self.find(container, "")?.lock().await.exit.clone();
+        let mut exit = exit.ok_or_else(gone)?;
+        tokio::select! {
+            accepted = self.sockets.accept(container, socket) => {
+                accepted.ok_or_else(|| Error::NotFound(format!("socket {socket} of container {container}")))
+            }
+            _ = exit.wait_for(Option::is_some) => Err(gone()),
+        }
+    }
+
+    /// Connects a connection to a socket with a port of the host, or breaks it when that is 0.
+    pub fn carry_socket(&self, connection: u64, port: u32) -> Result<(), Error> {
+        let carried = self.sockets.carry(connection, port)?;
+        carried.then_some(()).ok_or_else(|| Error::NotFound(format!("connection {connection}")))
+    }
+
     /// Sends a signal to a process, or to all processes of a container.
     pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<(), Error> {
         let process = self.find(container, exec)?;
@@ -313,6 +340,7 @@ impl Containers {
         }
         self.remove(container, exec);
         if exec.is_empty() {
+            self.sockets.remove(container);
             let (container, huge_pages, mounts) = (container.to_owned(), Arc::clone(&self.huge_pages), process.mounts.take());
             blocking(move || clean_up(&container, &huge_pages, mounts)).await?;
         } else {

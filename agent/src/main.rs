@@ -22,6 +22,7 @@ mod processes;
 mod reaper;
 mod service;
 mod share;
+mod sockets;
 mod streams;
 mod sys;
 mod volumes;

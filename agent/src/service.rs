@@ -6,10 +6,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    Agent, AttachDiskRequest, AttachDiskResponse, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest,
-    CreateContainerResponse, CreateExecRequest, DetachDiskRequest, Empty, ForwardRequest, HelloRequest, HelloResponse, KernelLogRequest,
-    KernelLogResponse, PidsResponse, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest,
-    StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+    AcceptSocketRequest, AcceptSocketResponse, Agent, AttachDiskRequest, AttachDiskResponse, CarrySocketRequest, ConfigureNetworkRequest,
+    ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, DetachDiskRequest, Empty, ForwardRequest,
+    HelloRequest, HelloResponse, KernelLogRequest, KernelLogResponse, PidsResponse, ProcessInfo, ProcessRequest, PublishVolumeRequest,
+    ResizeMachineRequest, ResizeRequest, SignalRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse,
+    WaitResponse,
 };
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
@@ -155,6 +156,15 @@ impl Agent for AgentService {
 
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
         done(network::forward(&request.target, request.port).await.map_err(Error::Failed))
+    }
+
+    async fn accept_socket(&self, _: &TtrpcContext, request: AcceptSocketRequest) -> Result<AcceptSocketResponse> {
+        let connection = answer(self.containers.accept_socket(&request.container, &request.name).await)?;
+        Ok(AcceptSocketResponse { connection, ..AcceptSocketResponse::default() })
+    }
+
+    async fn carry_socket(&self, _: &TtrpcContext, request: CarrySocketRequest) -> Result<Empty> {
+        done(self.containers.carry_socket(request.connection, request.port))
     }
 
     async fn resize_machine(&self, _: &TtrpcContext, request: ResizeMachineRequest) -> Result<Empty> {

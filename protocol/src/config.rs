@@ -41,6 +41,17 @@ pub enum NetworkDefault {
     User,
 }
 
+/// What becomes of a socket or FIFO of the host among a container's mounts, whose other end a machine cannot reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostSockets {
+    /// The container is refused.
+    Refuse,
+    /// It is bound, and nobody answers.
+    Dead,
+    /// Connections to a socket are carried to the host's; a FIFO is refused.
+    Carry,
+}
+
 /// The effective configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -98,8 +109,8 @@ pub struct Config {
     pub fs_cache: CachePolicy,
     /// Whether the guest collects writes.
     pub fs_writeback: bool,
-    /// Whether sockets of the host may be bound, though nobody answers.
-    pub fs_dead_sockets: bool,
+    /// What becomes of sockets of the host.
+    pub fs_sockets: HostSockets,
     /// `fs.id_base`
     pub fs_id_base: u32,
     /// `fs.mapped_volumes`
@@ -152,7 +163,7 @@ impl Default for Config {
             pod_owners: String::new(),
             fs_cache: CachePolicy::Auto,
             fs_writeback: false,
-            fs_dead_sockets: false,
+            fs_sockets: HostSockets::Refuse,
             fs_id_base: 0,
             fs_mapped_volumes: Vec::new(),
             fs_threads: 2,

@@ -40,6 +40,9 @@ pub const VOLUMES_DIR: &str = "/run/caisson/volumes";
 /// `pkg/volume/util/atomic_writer.go`).
 pub const VOLUME_STATE: &str = "..data";
 
+/// Where the guest has sockets that stand for sockets of the host, by container and by name among its bind mounts.
+pub const SOCKETS_DIR: &str = "/run/caisson/sockets";
+
 /// Where the guest mounts disks with file systems, by container and by name.
 pub const DISKS_DIR: &str = "/run/caisson/disks";
 

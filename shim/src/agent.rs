@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use caisson_protocol::VERSION;
 use caisson_protocol::agent::{
-    AgentClient, AttachDiskRequest, ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse, KernelLogRequest, PodFile, ProcessInfo,
-    ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest, StatsResponse, Stdio, UpdateRequest,
-    WaitOomRequest,
+    AcceptSocketRequest, AgentClient, AttachDiskRequest, CarrySocketRequest, ConfigureNetworkRequest, ContainerRequest,
+    CreateContainerRequest, CreateExecRequest, DetachDiskRequest, DiskMount, Empty, ForwardRequest, HelloRequest, HelloResponse,
+    KernelLogRequest, PodFile, ProcessInfo, ProcessRequest, PublishVolumeRequest, ResizeMachineRequest, ResizeRequest, SignalRequest,
+    StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
 };
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -249,6 +249,18 @@ impl Agent {
     pub async fn forward(&self, target: SocketAddr, port: u32) -> Result<()> {
         let request = ForwardRequest { target: target.to_string(), port, ..ForwardRequest::default() };
         self.call("forward a connection", self.client.forward(none(), &request)).await.map(drop)
+    }
+
+    /// Waits for somebody to connect to a container's socket, however long that takes; returns the connection's number.
+    pub async fn accept_socket(&self, container: &str, name: &str) -> Result<u64> {
+        let request = AcceptSocketRequest { container: container.to_owned(), name: name.to_owned(), ..AcceptSocketRequest::default() };
+        self.until_ended(self.client.accept_socket(none(), &request)).await.map(|answer| answer.connection)
+    }
+
+    /// Connects the stream of a port to a connection; 0 breaks the connection.
+    pub async fn carry_socket(&self, connection: u64, port: u32) -> Result<()> {
+        let request = CarrySocketRequest { connection, port, ..CarrySocketRequest::default() };
+        self.call("carry a connection", self.client.carry_socket(none(), &request)).await.map(drop)
     }
 
     /// Forgets an exec or removes a container.

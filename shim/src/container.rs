@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use anyhow::{Context, Result, ensure};
-use caisson_protocol::config::Config;
+use caisson_protocol::config::{Config, HostSockets};
 use caisson_protocol::fs::HOST_IDS;
-use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SHARE_DIR};
+use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR};
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::Value;
 
@@ -17,7 +17,7 @@ use crate::errors::{self, Error};
 use crate::idmap::IdMap;
 use crate::mounts::{self, How, ReadOnly};
 use crate::process::Process;
-use crate::spec::{Bind, Spec};
+use crate::spec::{Bind, Spec, shared_mount};
 use crate::store::{Store, remove_empty_tree, unmount_below};
 
 /// Mounts within a container's volumes: a node has some hundreds.
@@ -180,8 +180,8 @@ impl ShareFolder {
         let target = self.path.join(MOUNTS_DIR).join(&bind.name);
         let kind = std::fs::metadata(source).with_context(what)?.file_type();
         ensure!(
-            config.fs_dead_sockets || !(kind.is_socket() || kind.is_fifo()),
-            "{}: it is a socket or FIFO of the host, whose other end a virtual machine cannot reach; set fs.dead_sockets = true to bind it all the same",
+            config.fs_sockets == HostSockets::Dead || !(kind.is_socket() || kind.is_fifo()),
+            "{}: it is a socket or FIFO of the host, whose other end a virtual machine cannot reach; set fs.sockets = \"carry\" to have connections to a socket carried to it, or \"dead\" to bind it all the same",
             what()
         );
         if kind.is_dir() {
@@ -230,7 +230,7 @@ impl ShareFolder {
     pub fn inner_mounts(&self, container: &str, binds: &[Bind]) -> Result<Vec<String>> {
         let mut inner = Vec::new();
         for bind in binds.iter().filter(|bind| bind.how.below && bind.how.read_only == ReadOnly::Top) {
-            let guest = Path::new(SHARE_DIR).join(container).join(MOUNTS_DIR).join(&bind.name);
+            let guest = PathBuf::from(shared_mount(container, &bind.name));
             let mounts = mounts::below(&self.path.join(MOUNTS_DIR).join(&bind.name))?;
             inner.extend(mounts.into_iter().map(|path| guest.join(path).to_string_lossy().into_owned()));
         }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use caisson_protocol::agent::CreateContainerRequest;
+use caisson_protocol::config::HostSockets;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
@@ -23,6 +24,7 @@ use crate::machine::{Machine, Name};
 use crate::owners;
 use crate::process::{Process, Status};
 use crate::size::Limits;
+use crate::sockets::Sockets;
 use crate::spec::{self, GuestSpec, Kind, Siblings, Spec};
 use crate::stdio::{self, Opened, Paths};
 use crate::volumes::Volumes;
@@ -184,9 +186,11 @@ impl Pod {
     }
 
     async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
-        let GuestSpec { mut spec, binds, memory_volumes } =
+        let GuestSpec { mut spec, mut binds, memory_volumes } =
             request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
         check_ids(request.id, &spec, &machine.config)?;
+        let carried = machine.config.fs_sockets == HostSockets::Carry;
+        let sockets = if carried { Sockets::take(request.id, &mut binds, &mut spec)? } else { Sockets::default() };
         let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
@@ -214,6 +218,7 @@ impl Pod {
             inner_mounts,
             huge_page_bytes: limits.huge_pages,
             memory_volumes,
+            sockets: sockets.requests(),
             ..CreateContainerRequest::default()
         };
         let guest_pid = match sandbox.agent.create_container(create).await {
@@ -245,6 +250,7 @@ impl Pod {
         self.watch_exit(machine, &container, process);
         self.watch_oom(machine, &container);
         volumes.follow(machine, &container);
+        sockets.follow(machine, &container);
         Ok(pid)
     }
 

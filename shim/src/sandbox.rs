@@ -26,8 +26,10 @@ use tokio::sync::watch;
 use crate::agent::Agent;
 use crate::cgroup::Place;
 use crate::cri::PodFile;
+use crate::errors;
 use crate::size::{Bounds, Growth};
 use crate::spec;
+use crate::stdio::stream_port;
 use crate::store::Store;
 use crate::vmm::{Ended, FsEnd, Jailed, StreamState, Vmm, start_fs};
 
@@ -84,6 +86,27 @@ impl Sandbox {
     /// Follows the end of the machine.
     pub fn ended(&self) -> Ended {
         self.vmm.ended()
+    }
+
+    /// Hands one end of a connection to the guest, whose agent `take` has connect to the port that it is given, and waits
+    /// for the connection's end.
+    ///
+    /// # Errors
+    /// When the guest does not take it.
+    pub async fn carry<F: Future<Output = errors::Result<()>>>(
+        &self,
+        connection: OwnedFd,
+        take: impl FnOnce(u32) -> F,
+    ) -> errors::Result<()> {
+        let port = stream_port()?;
+        let mut state = self.vmm.offer(Offer { port, ends: Ends::Duplex }, &[connection]).await?;
+        if let Err(error) = take(port).await {
+            self.vmm.withdraw(port).await;
+            return Err(error);
+        }
+        // The sender goes with the stream.
+        let _ = state.wait_for(|state| *state == StreamState::Closed).await;
+        Ok(())
     }
 
     /// Kills the machine and its file server.

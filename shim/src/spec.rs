@@ -217,7 +217,7 @@ impl Spec {
             } else if let Some(bind) =
                 host_bind(mount, binds.len()).map_err(|error| Error::Invalid(format!("container {container}: {error:#}")))?
             {
-                mount["source"] = json!(format!("{place}/{MOUNTS_DIR}/{}", bind.name));
+                mount["source"] = json!(shared_mount(container, &bind.name));
                 mount["type"] = json!("bind");
                 forget_owners(mount);
                 binds.push(bind);
@@ -310,6 +310,11 @@ fn add_pod_files(spec: &mut Value, files: &[PodFile]) {
 fn process_namespace(path: &str) -> Option<(u32, &str)> {
     let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
     (!file.contains('/')).then_some((pid.parse().ok()?, file))
+}
+
+/// Where the guest finds a container's bind mount in the share.
+pub fn shared_mount(container: &str, name: &str) -> String {
+    format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{name}")
 }
 
 /// The bind mount of a host path that a mount entry asks for.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use caisson_protocol::guest::{MOUNTS_DIR, SHARE_DIR, VOLUME_STATE, VOLUMES_DIR};
+use caisson_protocol::guest::{VOLUME_STATE, VOLUMES_DIR};
 use serde_json::{Value, json};
 
 use crate::agent::Agent;
@@ -21,7 +21,7 @@ use crate::container::Container;
 use crate::errors::Error;
 use crate::machine::Machine;
 use crate::mounts::ReadOnly;
-use crate::spec::Bind;
+use crate::spec::{Bind, shared_mount};
 
 /// Between two looks at a container's volumes.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -53,7 +53,7 @@ impl Volumes {
                 log::warn!("container {container}: changes of {} have no notifications: {error}", bind.source.display());
                 continue;
             }
-            let shared = format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{}", bind.name);
+            let shared = shared_mount(container, &bind.name);
             for mount in spec["mounts"].as_array_mut().into_iter().flatten().filter(|mount| mount["source"] == shared) {
                 mount["source"] = json!(format!("{VOLUMES_DIR}/{container}/{}", bind.name));
             }

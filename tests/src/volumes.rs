@@ -4,7 +4,7 @@ use k8s_cri::v1::{Mount, StartContainerRequest};
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP};
-use crate::ctr::{Pod as PodOfCtr, RUNTIME, ctr, id, run_pod, shell};
+use crate::ctr::{Pod as PodOfCtr, RUNTIME, ctr, id, run, run_pod, shell};
 use crate::faults::Config;
 use crate::host::eventually;
 
@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
     ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
     ("sockets_of_the_host_are_refused_or_dead", sockets_of_the_host_are_refused_or_dead),
+    ("connections_to_a_socket_of_the_host_are_carried_to_it", connections_to_a_socket_of_the_host_are_carried_to_it),
     ("what_did_not_change_is_read_once_and_what_did_is_read_again", what_did_not_change_is_read_once_and_what_did_is_read_again),
     ("a_memory_volume_is_the_guests_and_shared_by_its_containers", a_memory_volume_is_the_guests_and_shared_by_its_containers),
 ];
@@ -213,9 +214,38 @@ fn sockets_of_the_host_are_refused_or_dead() {
     let refused = run_pod(&["--mount", mount], &["true"]);
     assert_ne!(refused.code, 0, "{refused:?}");
     assert!(refused.stderr.contains("containerd.sock: it is a socket or FIFO of the host"), "{refused:?}");
-    let _settings = Config::set("[fs]\ndead_sockets = true\n");
+    let _settings = Config::set("[fs]\nsockets = \"dead\"\n");
     let bound = run_pod(&["--mount", mount], &["test", "-S", "/the.sock"]);
     assert_eq!(bound.code, 0, "{bound:?}");
+}
+
+fn connections_to_a_socket_of_the_host_are_carried_to_it() {
+    let _settings = Config::set("[fs]\nsockets = \"carry\"\n");
+    let socket = format!("/tmp/{}", id("socket"));
+    let listen = format!("UNIX-LISTEN:{socket},fork,mode=0600");
+    // What comes is answered when all of it is there.
+    let mut server = std::process::Command::new("socat").args([&listen, "EXEC:tr a-z A-Z"]).spawn().unwrap();
+    eventually(|| std::path::Path::new(&socket).exists(), "socat does not listen");
+    let mount = format!("type=bind,src={socket},dst=/the.sock,options=bind");
+    let pod = PodOfCtr::start("sockets", &["--mount", &mount, "--mount", "type=bind,src=/usr,dst=/host,options=bind:ro"], "sleep 1000");
+    let client =
+        "/host/lib64/ld-linux-x86-64.so.2 --library-path /host/lib/x86_64-linux-gnu /host/bin/socat -t 20 - UNIX-CONNECT:/the.sock";
+    let say = |options: &[&str], script: String| pod.exec(options, &["sh", "-c", &script]);
+    let both = say(&[], format!("for i in one two; do echo $i | {client} & done; wait"));
+    let mut lines: Vec<&str> = both.stdout.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["ONE", "TWO"], "{both:?}");
+    let much = say(&[], format!("yes | head -c 3000000 | {client} | md5sum"));
+    assert_eq!(much.stdout, run("sh", &["-c", "yes Y | head -c 3000000 | md5sum"]).stdout, "{much:?}");
+    let stranger = say(&["--user", "1000"], format!("echo x | {client}"));
+    assert!(stranger.stderr.contains("Permission denied"), "{stranger:?}");
+    server.kill().unwrap();
+    server.wait().unwrap();
+    // Nobody answers on the host: the connection ends, with nothing.
+    let nobody = say(&[], format!("echo x | {client}"));
+    assert_eq!(nobody.stdout, "", "{nobody:?}");
+    drop(pod);
+    std::fs::remove_file(socket).unwrap();
 }
 
 fn a_memory_volume_is_the_guests_and_shared_by_its_containers() {

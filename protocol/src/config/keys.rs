@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Config, HostNamespaces, NetworkDefault};
+use super::{Config, HostNamespaces, HostSockets, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::publish::MOST_PUBLISHED;
 use crate::vmm::{MEMORY_MIB, VCPUS};
@@ -287,11 +287,20 @@ pub const KEYS: &[Key] = &[
         |c| c.fs_writeback.to_string()
     ),
     key!(
-        "fs.dead_sockets",
-        "whether sockets and FIFOs of the host may be bound into a pod, although a machine cannot reach what is at their other end",
-        "true or false",
-        |c, v| c.fs_dead_sockets = boolean(&v)?,
-        |c| c.fs_dead_sockets.to_string()
+        "fs.sockets",
+        "what becomes of a socket of the host among a container's mounts: refused, bound although nobody answers, or each connection carried to it",
+        "\"refuse\", \"dead\" or \"carry\"",
+        |c, v| c.fs_sockets = match v {
+            Value::Text(t) if t == "refuse" => HostSockets::Refuse,
+            Value::Text(t) if t == "dead" => HostSockets::Dead,
+            Value::Text(t) if t == "carry" => HostSockets::Carry,
+            _ => return None,
+        },
+        |c| quoted(match c.fs_sockets {
+            HostSockets::Refuse => "refuse",
+            HostSockets::Dead => "dead",
+            HostSockets::Carry => "carry",
+        })
     ),
     key!(
         "fs.id_base",

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use caisson_protocol::vmm::{Ends, Offer};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::Linger;
 use tokio::net::{TcpListener, TcpStream};
@@ -19,8 +18,6 @@ use tokio::sync::Semaphore;
 use super::netns::Netns;
 use super::steer::{Steering, steer};
 use crate::sandbox::Sandbox;
-use crate::stdio::stream_port;
-use crate::vmm::StreamState;
 
 /// Connections at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 256;
@@ -93,16 +90,10 @@ async fn carry(sandbox: &Sandbox, connection: TcpStream) -> Result<()> {
     let target = connection.local_addr().context("ask where it goes to")?;
     let connection = OwnedFd::from(connection.into_std().context("hand it over")?);
     let ours = connection.try_clone().context("keep it")?;
-    let port = stream_port()?;
-    let mut state = sandbox.vmm.offer(Offer { port, ends: Ends::Duplex }, &[connection]).await?;
-    if let Err(error) = sandbox.agent.forward(target, port).await {
+    let carried = sandbox.carry(connection, |port| sandbox.agent.forward(target, port)).await;
+    if carried.is_err() {
         // Nobody listens: the caller is to see a reset, not an answer that happens to be empty.
         let _ = setsockopt(&ours, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-        sandbox.vmm.withdraw(port).await;
-        return Err(error.into());
     }
-    drop(ours);
-    // The sender goes with the stream.
-    let _ = state.wait_for(|state| *state == StreamState::Closed).await;
-    Ok(())
+    Ok(carried?)
 }
