@@ -42,8 +42,7 @@ pub enum Request {
         /// Its place, which is empty afterwards.
         place: u32,
     },
-    /// Put a network interface into an empty place. File descriptor, not blocking: a tap whose frames begin with
-    /// a virtio header of [`NIC_HEADER`] bytes, or with [`Nic::stream`] a socket; and `/dev/vhost-net` with [`Nic::vhost`].
+    /// Put a network interface into an empty place. File descriptors: those that its [`NicWire`] states.
     AttachNic(Nic),
     /// Put a disk into an empty place. File descriptor: the block device or file, readable, and writable
     /// unless it is [`Disk::read_only`].
@@ -87,12 +86,29 @@ pub struct Nic {
     pub place: u32,
     /// Its address.
     pub mac: [u8; 6],
-    /// Whether its frames go over a stream socket, each behind its length, and not through a tap.
-    pub stream: bool,
-    /// Whether the host's kernel serves it, which knows no limits.
-    pub vhost: bool,
-    /// What may pass each way.
+    /// Where its frames go.
+    pub wire: NicWire,
+    /// What may pass each way; the host's kernel knows no limits.
     pub limit: RateLimit,
+}
+
+/// The most pairs of queues of a network interface: a message carries two descriptors for each.
+pub const NIC_PAIRS: u32 = 4;
+const _: () = assert!(2 * NIC_PAIRS as usize <= MAX_FDS);
+
+/// Where the frames of a network interface go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NicWire {
+    /// Through a tap, not blocking, whose frames begin with a virtio header of [`NIC_HEADER`] bytes.
+    Tap,
+    /// Over a stream socket, not blocking, each frame behind its length.
+    Stream,
+    /// Through taps by the host's kernel: a tap for each pair of queues, of which there are 1 to [`NIC_PAIRS`], and then
+    /// `/dev/vhost-net` for each.
+    Kernel {
+        /// How many.
+        pairs: u32,
+    },
 }
 
 /// The most that a device carries in a second; 0 is no limit.

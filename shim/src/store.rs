@@ -204,7 +204,8 @@ const MAX_STACKED: usize = 64;
 /// When a mount does not come off.
 pub fn unmount_below(dir: &Path) -> Result<()> {
     for _ in 0..MAX_STACKED {
-        let mut points: Vec<PathBuf> = mounts::points()?.into_iter().map(|point| point.path).filter(|point| point.starts_with(dir)).collect();
+        let mut points: Vec<PathBuf> =
+            mounts::points()?.into_iter().map(|point| point.path).filter(|point| point.starts_with(dir)).collect();
         if points.is_empty() {
             return Ok(());
         }

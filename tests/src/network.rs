@@ -12,6 +12,7 @@ use crate::host::eventually;
 pub const TESTS: &[Test] = &[
     ("interfaces_of_a_namespace_are_the_guests", interfaces_of_a_namespace_are_the_guests),
     ("a_file_crosses_the_network_both_ways", a_file_crosses_the_network_both_ways),
+    ("an_interface_has_queues_for_each_vcpu_that_runs", an_interface_has_queues_for_each_vcpu_that_runs),
     ("changes_of_a_network_are_followed", changes_of_a_network_are_followed),
     ("interfaces_change_and_go_and_come_again", interfaces_change_and_go_and_come_again),
     ("a_network_made_before_the_start_is_found", a_network_made_before_the_start_is_found),
@@ -98,6 +99,32 @@ fn interfaces_of_a_namespace_are_the_guests() {
     // Larger than a packet may be: fragments, both ways.
     output(&pod, &format!("ping -c 1 -s 5000 10.9.{n}.1"));
     shell(&format!("ping -c 1 -s 5000 10.9.{n}.2"));
+}
+
+fn an_interface_has_queues_for_each_vcpu_that_runs() {
+    // A guest that starts fewer CPUs than it has uses fewer of the pairs that there are.
+    for (settings, queues, tap) in [
+        ("[vm]\nvcpus = 2\n", "rx-0\nrx-1\ntx-0\ntx-1\n", "numqueues 2 numdisabled 0"),
+        ("[vm]\nvcpus = 2\n[kernel]\nargs = \"maxcpus=1\"\n", "rx-0\ntx-0\n", "numqueues 1 numdisabled 1"),
+        ("[vm]\nvcpus = 2\n[network]\nvhost = false\n", "rx-0\ntx-0\n", ""),
+    ] {
+        let _settings = Config::set(settings);
+        let network = Network::new();
+        let pod = network.pod();
+        assert_eq!(output(&pod, "ls /sys/class/net/eth7/queues"), queues, "{settings}");
+        let found = network.ip("-d link show caisson0");
+        // Of a tap with a single queue nothing is said.
+        assert!(found.contains(tap) || (tap.is_empty() && !found.contains("numqueues")), "{settings}: {found}");
+        let _server = Background::socat(&[&format!("TCP-LISTEN:{},fork,reuseaddr", 7000 + u16::from(network.subnet)), "EXEC:cat"]);
+        let talk = format!(
+            "for i in $(seq 16); do echo $i | nc -w 20 10.9.{0}.1 {1} & done; wait",
+            network.subnet,
+            7000 + u16::from(network.subnet)
+        );
+        let mut answers: Vec<u32> = output(&pod, &format!("sleep 1; {talk}")).lines().map(|line| line.parse().unwrap()).collect();
+        answers.sort_unstable();
+        assert_eq!(answers, (1..=16).collect::<Vec<_>>(), "{settings}");
+    }
 }
 
 const FILE: &str = "/usr/share/caisson/vmlinux";

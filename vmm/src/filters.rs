@@ -65,13 +65,14 @@ const DISK: &[Allow] = &[
 const IO: &[Allow] = &[
     Call(libc::SYS_epoll_ctl),
     Call(libc::SYS_epoll_wait),
-    // TUNSETOFFLOAD; an interface's hand-over to vhost-net: owner, features (both ways), memory, a queue's
+    // TUNSETOFFLOAD, TUNSETQUEUE; an interface's hand-over to vhost-net: owner, features (both ways), memory, a queue's
     // size, addresses, base, notification, interrupt, and its tap.
     CallWith(
         libc::SYS_ioctl,
         1,
         &[
             0x4004_54d0,
+            0x4004_54d9,
             0xaf01,
             0x8008_af00,
             0x4008_af00,

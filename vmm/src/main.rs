@@ -14,7 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
-use caisson_protocol::vmm::{BootConfig, Event, Request, Stopped};
+use caisson_protocol::vmm::{BootConfig, Event, NIC_PAIRS, Nic, NicWire, Request, Stopped};
 use caisson_vmm::devices::io_thread::{Attached, Command};
 use caisson_vmm::devices::net::wire::{Stream, Wire};
 use caisson_vmm::machine::{BootFiles, Machine, Running};
@@ -94,6 +94,25 @@ fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
     })
 }
 
+/// What a network interface is attached by, of the descriptors that came with it.
+fn wire(nic: Nic, fds: Vec<OwnedFd>) -> Result<Attached> {
+    let expected = match nic.wire {
+        NicWire::Tap | NicWire::Stream => 1,
+        NicWire::Kernel { pairs } => {
+            ensure!((1..=NIC_PAIRS).contains(&pairs), "{pairs} pairs of queues: allowed is 1 to {NIC_PAIRS}");
+            2 * pairs as usize
+        }
+    };
+    ensure!(fds.len() == expected, "a network interface came with {} descriptors instead of {expected}", fds.len());
+    let mut files: Vec<File> = fds.into_iter().map(File::from).collect();
+    let servers = files.split_off(expected.div_ceil(2));
+    Ok(match (nic.wire, files.pop()) {
+        (NicWire::Tap, Some(tap)) => Attached::Served(Wire::Tap(tap), nic.limit),
+        (NicWire::Stream, Some(socket)) => Attached::Served(Wire::Stream(Stream::new(socket)), nic.limit),
+        (_, last) => Attached::Kernel(files.into_iter().chain(last).zip(servers).collect()),
+    })
+}
+
 /// Hands requests to the thread that owns the streams, until the shim is gone.
 fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
     while let Some((request, fds)) = control.receive(true).context("receive a request")? {
@@ -112,11 +131,7 @@ fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
             Request::CloseSource { port } => running.commands.send(Command::CloseSource(port))?,
             Request::Withdraw { port } => running.commands.send(Command::Withdraw(port))?,
             Request::AttachNic(nic) => {
-                let mut fds = fds.into_iter().map(File::from);
-                let file = fds.next().context("a network interface came without its wire")?;
-                let wire = if nic.stream { Wire::Stream(Stream::new(file)) } else { Wire::Tap(file) };
-                let vhost = if nic.vhost { Some(fds.next().context("a network interface came without its server")?) } else { None };
-                running.attach_nic(nic, Attached { wire, vhost, limit: nic.limit })?;
+                running.attach_nic(nic, wire(nic, fds)?)?;
             }
             Request::DetachNic { place } => running.detach_nic(place)?,
             Request::AttachDisk(disk) => {

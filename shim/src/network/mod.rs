@@ -17,6 +17,7 @@ pub mod user;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
 use caisson_protocol::record::NetworkRecord;
-use caisson_protocol::vmm::{NICS, Nic, RateLimit};
+use caisson_protocol::vmm::{NIC_PAIRS, NICS, Nic, NicWire, RateLimit};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
@@ -62,8 +63,8 @@ pub struct Network {
     netns: Netns,
     path: PathBuf,
     handle: rtnetlink::Handle,
-    /// Whether the host's kernel is to serve interfaces where it can.
-    vhost: bool,
+    /// So many pairs of queues of each interface the host's kernel is to serve where it can; none with 0.
+    pairs: u32,
     limit: RateLimit,
     known: tokio::sync::Mutex<Known>,
 }
@@ -90,12 +91,12 @@ struct Attached {
 }
 
 impl Network {
-    /// The network in the namespace that `path` names; the host's kernel serves its interfaces where `vhost` says so,
-    /// which knows no limit.
+    /// The network in the namespace that `path` names, for a machine that starts with so many vCPUs; the host's kernel
+    /// serves its interfaces where `vhost` says so, which knows no limit.
     ///
     /// # Errors
     /// When it cannot be opened, or is the host's own.
-    pub fn open(path: &Path, vhost: bool, limit: RateLimit) -> Result<Self> {
+    pub fn open(path: &Path, vcpus: u32, vhost: bool, limit: RateLimit) -> Result<Self> {
         let Some(netns) = Netns::open(path)? else {
             bail!("the network namespace {} is the host's own, which a virtual machine cannot share", path.display());
         };
@@ -105,7 +106,8 @@ impl Network {
             rtnetlink::new_connection().context("open a netlink socket")
         })?;
         tokio::spawn(connection);
-        Ok(Self { netns, path: path.to_owned(), handle, vhost: vhost && limit.is_none(), limit, known: tokio::sync::Mutex::default() })
+        let pairs = if vhost && limit.is_none() { vcpus.min(NIC_PAIRS) } else { 0 };
+        Ok(Self { netns, path: path.to_owned(), handle, pairs, limit, known: tokio::sync::Mutex::default() })
     }
 
     /// Attaches interfaces that are new, takes those away that are gone, and tells the guest of every
@@ -157,7 +159,8 @@ impl Network {
         let place = (0..NICS).find(is_free).with_context(|| format!("a pod can have {NICS} of them"))?;
         let name = format!("caisson{}", known.taps_made);
         known.taps_made += 1;
-        let tap = self.netns.make_tap(&name)?;
+        let servers = vhost_net(self.pairs);
+        let taps = self.netns.make_tap(&name, (servers.len() as u32).max(1))?;
         let message = self.handle.link().get().match_name(name).execute().try_next().await.context("find the tap")?;
         let index = message.context("find the tap")?.header.index;
         known.taps.push(index);
@@ -169,9 +172,9 @@ impl Network {
         store.change(|record| record.network = Some(NetworkRecord { path: self.path.clone(), inode, interfaces }))?;
         self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
         self.redirect(index, link.index).await.context("redirect what the guest sends")?;
-        let server = if self.vhost { vhost_net() } else { None };
-        let nic = Nic { place, mac: link.mac, stream: false, vhost: server.is_some(), limit: self.limit };
-        let fds: Vec<BorrowedFd<'_>> = [Some(&tap), server.as_ref()].into_iter().flatten().map(File::as_fd).collect();
+        let wire = if servers.is_empty() { NicWire::Tap } else { NicWire::Kernel { pairs: servers.len() as u32 } };
+        let nic = Nic { place, mac: link.mac, wire, limit: self.limit };
+        let fds: Vec<BorrowedFd<'_>> = taps.iter().chain(&servers).map(File::as_fd).collect();
         sandbox.vmm.attach_nic(nic, &fds).await?;
         known.attached.insert(link.index, Attached { told: None, place, tap: index });
         log::debug!("interface {} is the guest's interface {place}", link.name);
@@ -275,10 +278,10 @@ impl Network {
     }
 }
 
-/// The kernel's server for an interface; `None` where the host has none.
-fn vhost_net() -> Option<File> {
-    let opened = File::options().read(true).write(true).open("/dev/vhost-net");
-    opened.inspect_err(|error| log::debug!("/dev/vhost-net: {error}; the monitor serves the interface itself")).ok()
+/// The kernel's servers for the pairs of an interface's queues; none where the host has none.
+fn vhost_net(pairs: u32) -> Vec<File> {
+    let opened = (0..pairs).map(|_| File::options().read(true).write(true).open("/dev/vhost-net")).collect::<io::Result<_>>();
+    opened.inspect_err(|error| log::debug!("/dev/vhost-net: {error}; the monitor serves the interface itself")).unwrap_or_default()
 }
 
 /// The network namespace of a process, when something was put into it beside the loopback interface.

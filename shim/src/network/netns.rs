@@ -60,12 +60,13 @@ impl Netns {
         })
     }
 
-    /// Makes a tap whose frames begin with a virtio header; it goes when the last descriptor does.
+    /// Makes a tap of so many queues, each a descriptor, whose frames begin with a virtio header; it goes when the last
+    /// descriptor does.
     ///
     /// # Errors
     /// When `/dev/net/tun` is missing or the name is taken.
-    pub fn make_tap(&self, name: &str) -> Result<File> {
-        self.run(|| open_tap(name).with_context(|| format!("make the tap {name}")))
+    pub fn make_tap(&self, name: &str, queues: u32) -> Result<Vec<File>> {
+        self.run(|| (0..queues).map(|_| open_tap(name, queues > 1)).collect::<Result<_>>().with_context(|| format!("make the tap {name}")))
     }
 }
 
@@ -75,7 +76,7 @@ impl AsFd for Netns {
     }
 }
 
-fn open_tap(name: &str) -> Result<File> {
+fn open_tap(name: &str, several: bool) -> Result<File> {
     let tap = File::options()
         .read(true)
         .write(true)
@@ -88,7 +89,7 @@ fn open_tap(name: &str) -> Result<File> {
     for (byte, source) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *byte = source.cast_signed();
     }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | if several { libc::IFF_MULTI_QUEUE } else { 0 };
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the request lives through the call, and has a name that ends within it.
     unsafe { tun_set_interface(tap.as_raw_fd(), &raw const request) }.context("TUNSETIFF")?;

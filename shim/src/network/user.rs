@@ -18,7 +18,7 @@ use caisson_host::jail;
 use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
 use caisson_protocol::config::Config;
 use caisson_protocol::publish::Publish;
-use caisson_protocol::vmm::Nic;
+use caisson_protocol::vmm::{Nic, NicWire};
 use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
@@ -89,7 +89,7 @@ pub async fn connect(config: &Config, store: &Store, spec: &Spec, sandbox: &Arc<
         Ok(Err(_)) => bail!("{} says: {}", program.display(), last_line(stderr).await),
         Err(_) => bail!("{} did not answer within {} s", program.display(), TIMEOUT.as_secs()),
     }
-    let nic = Nic { place: 0, mac: MAC, stream: true, vhost: false, limit: config.network_limit() };
+    let nic = Nic { place: 0, mac: MAC, wire: NicWire::Stream, limit: config.network_limit() };
     let wire = wire.into_std().context("hand a socket over")?;
     sandbox.vmm.attach_nic(nic, &[wire.as_fd()] as &[BorrowedFd<'_>]).await?;
     sandbox.agent.configure_network(guests_view()).await.context("configure the guest's network")?;

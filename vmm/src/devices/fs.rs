@@ -58,7 +58,7 @@ impl VhostUserFs {
                 .map_err(|_| ::vhost::Error::InvalidGuestMemory)
         };
         let features = activation.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        vhost::hand_over(&self.server, features, activation, host)?;
+        vhost::hand_over(&self.server, features, memory, &activation.queues, &activation.interrupt, host)?;
         (0..activation.queues.len()).try_for_each(|index| self.server.set_vring_enable(index, true))
     }
 }

@@ -18,9 +18,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::balloon::BalloonServer;
 use super::mem::MemServer;
 use super::net::NetServer;
+use super::net::kernel::Kernel;
 use super::net::wire::Wire;
 use super::rng::RngServer;
-use super::vhost_net::VhostNet;
 use super::vsock::VsockServer;
 use super::vsock::muxer::{FIRST_TOKEN, Muxer};
 use super::{Activation, mem, net};
@@ -36,11 +36,12 @@ const WAKE: u64 = 0;
 const RNG_QUEUE: u64 = 1;
 const VSOCK_RX: u64 = 2;
 const VSOCK_TX: u64 = 3;
-/// Of a network interface: these and three more for each interface before it.
+/// Of a network interface: these and four more for each interface before it.
 const NET_RX: u64 = 4;
 const NET_TX: u64 = 5;
 const NET_WIRE: u64 = 6;
-const NET_TOKENS: u64 = 3;
+const NET_CONTROL: u64 = 7;
+const NET_TOKENS: u64 = 4;
 const NET_END: u64 = NET_RX + NET_TOKENS * NICS as u64;
 const MEM_QUEUE: u64 = NET_END;
 const BALLOON_REPORTS: u64 = NET_END + 1;
@@ -98,13 +99,11 @@ impl Commands {
 }
 
 /// What a network interface is attached by.
-pub struct Attached {
-    /// Where its frames go, not blocking.
-    pub wire: Wire,
-    /// `/dev/vhost-net`, when the host's kernel is to serve it, which takes a tap alone.
-    pub vhost: Option<File>,
-    /// What may pass each way when it does not.
-    pub limit: RateLimit,
+pub enum Attached {
+    /// Where its frames go, not blocking, and what may pass each way.
+    Served(Wire, RateLimit),
+    /// The host's kernel serves it: for each pair of queues a tap and `/dev/vhost-net`.
+    Kernel(Vec<(File, File)>),
 }
 
 /// A place for a network interface.
@@ -114,9 +113,7 @@ enum NetPlace {
     Empty,
     Attached(Attached),
     /// By the host's kernel.
-    ServedOutside {
-        _server: VhostNet,
-    },
+    ServedOutside(Kernel),
     InService {
         server: Box<NetServer>,
         /// What the thread's epoll watches the wire for; it is not in there for nothing.
@@ -283,19 +280,24 @@ impl IoThread {
     }
 
     fn activate_net(&mut self, place: usize, activation: Activation) -> io::Result<()> {
-        let Some(NetPlace::Attached(Attached { wire, vhost, limit })) = self.nets.get_mut(place).map(std::mem::take) else {
+        let Some(NetPlace::Attached(attached)) = self.nets.get_mut(place).map(std::mem::take) else {
             // It was taken away while its driver came up.
             return Ok(());
         };
-        if let Wire::Tap(tap) = &wire {
-            net::set_offloads(tap, activation.features)?;
-            if let Some(device) = vhost {
-                self.nets[place] = NetPlace::ServedOutside { _server: VhostNet::start(device, tap, &activation)? };
+        let first = NET_TOKENS * place as u64;
+        let (wire, limit) = match attached {
+            Attached::Served(wire, limit) => (wire, limit),
+            Attached::Kernel(wires) => {
+                let kernel = Kernel::start(wires, activation)?;
+                kernel.control_kick().map_or(Ok(()), |kick| self.watch(kick, first + NET_CONTROL))?;
+                self.nets[place] = NetPlace::ServedOutside(kernel);
                 return Ok(());
             }
+        };
+        if let Wire::Tap(tap) = &wire {
+            net::set_offloads(tap, activation.features)?;
         }
         let server = NetServer::new(activation, wire, limit)?;
-        let first = NET_TOKENS * place as u64;
         self.watch(server.rx_kick(), first + NET_RX)?;
         self.watch(server.tx_kick(), first + NET_TX)?;
         self.watch(server.wire(), first + NET_WIRE)?;
@@ -306,16 +308,28 @@ impl IoThread {
     /// Closes all that an interface has. The transport keeps the notifications open, so that they leave
     /// the epoll by our word.
     fn detach_net(&mut self, place: usize) -> io::Result<()> {
-        let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place).map(std::mem::take) else { return Ok(()) };
-        let wire = (!watched.is_empty()).then(|| server.wire().as_raw_fd());
-        for fd in [Some(server.rx_kick().as_raw_fd()), Some(server.tx_kick().as_raw_fd()), wire].into_iter().flatten() {
-            self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())?;
-        }
-        Ok(())
+        let taken = self.nets.get_mut(place).map(std::mem::take);
+        let watched = match &taken {
+            Some(NetPlace::InService { server, watched }) => {
+                let wire = (!watched.is_empty()).then(|| server.wire().as_raw_fd());
+                [Some(server.rx_kick().as_raw_fd()), Some(server.tx_kick().as_raw_fd()), wire]
+            }
+            Some(NetPlace::ServedOutside(kernel)) => [kernel.control_kick().map(AsRawFd::as_raw_fd), None, None],
+            _ => return Ok(()),
+        };
+        watched.into_iter().flatten().try_for_each(|fd| self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()))
     }
 
     fn serve_net(&mut self, place: u64, source: u64) -> io::Result<()> {
-        let Some(NetPlace::InService { server, watched }) = self.nets.get_mut(place as usize) else { return Ok(()) };
+        let (server, watched) = match self.nets.get_mut(place as usize) {
+            Some(NetPlace::InService { server, watched }) => (server, watched),
+            Some(NetPlace::ServedOutside(kernel)) => {
+                // With more to do the thread comes back by itself.
+                let again = kernel.obey().then(|| kernel.control_kick()).flatten();
+                return again.map_or(Ok(()), |kick| kick.write(1));
+            }
+            _ => return Ok(()),
+        };
         let source = source + NET_RX;
         // With more to do the thread comes back by itself.
         if (source == NET_TX || watched.contains(EventSet::OUT)) && server.transmit() {

@@ -87,7 +87,7 @@ impl MmioTransport {
     /// # Errors
     /// When no descriptor is left.
     pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> std::io::Result<Self> {
-        let queues = device.queue_sizes().len();
+        let queues = device.most_queues();
         let kicks = (0..queues).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)).collect::<Result<_, _>>()?;
         let state = State { queues: vec![QueueState::default(); queues], ..State::default() };
         Ok(Self { device, memory, interrupt: Arc::new(Interrupt::new()?), kicks, state, window: None })
@@ -249,6 +249,7 @@ impl MmioTransport {
             .iter()
             .zip(self.device.queue_sizes())
             .zip(&self.kicks)
+            .take(self.device.used_queues(self.state.driver_features))
             .map(|((state, max), kick)| {
                 let mut queue = Queue::new(*max).map_err(|error| error.to_string())?;
                 queue.set_size(state.size);

@@ -118,6 +118,14 @@ pub trait VirtioDevice: Send {
     fn id(&self) -> u32;
     /// The most entries of each queue.
     fn queue_sizes(&self) -> &[u16];
+    /// The most queues that it has at any time.
+    fn most_queues(&self) -> usize {
+        self.queue_sizes().len()
+    }
+    /// How many of its queues are used by a driver that has accepted these features.
+    fn used_queues(&self, _features: u64) -> usize {
+        self.queue_sizes().len()
+    }
     /// Features on offer.
     fn features(&self) -> u64;
     /// Reads the configuration space; what lies beyond reads as zero.

@@ -8,23 +8,25 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
 use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion};
 
-use super::Activation;
+use super::Interrupt;
+use super::queue::ActiveQueue;
 use crate::memory::GuestMemory;
 
-/// Hands guest memory and every queue over; `translate` makes the addresses of the rings into those
-/// that the server expects.
+/// Hands guest memory and queues over; `translate` makes the addresses of the rings into those that the server expects.
 ///
 /// # Errors
 /// When the server refuses, or an address is not in guest memory.
 pub fn hand_over(
     server: &impl VhostBackend,
     features: u64,
-    activation: &Activation,
+    memory: &GuestMemory,
+    queues: &[ActiveQueue],
+    interrupt: &Interrupt,
     translate: impl Fn(u64) -> vhost::Result<u64>,
 ) -> vhost::Result<()> {
     server.set_features(features)?;
-    server.set_mem_table(&regions(&activation.memory)?)?;
-    for (index, queue) in activation.queues.iter().enumerate() {
+    server.set_mem_table(&regions(memory)?)?;
+    for (index, queue) in queues.iter().enumerate() {
         let layout = queue.layout();
         server.set_vring_num(index, layout.size())?;
         let config = VringConfigData {
@@ -38,7 +40,7 @@ pub fn hand_over(
         };
         server.set_vring_addr(index, &config)?;
         server.set_vring_base(index, 0)?;
-        server.set_vring_call(index, activation.interrupt.eventfd())?;
+        server.set_vring_call(index, interrupt.eventfd())?;
         server.set_vring_kick(index, queue.kick())?;
     }
     Ok(())

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use ::vhost::VhostBackend;
 use ::vhost::vhost_kern::VhostKernBackend;
 
-use super::{Activation, vhost};
+use super::queue::ActiveQueue;
+use super::{Interrupt, vhost};
 use crate::memory::GuestMemory;
 
 /// `struct vhost_vring_file`.
@@ -31,22 +32,28 @@ pub struct VhostNet {
 }
 
 impl VhostNet {
-    /// Hands the queues over; their frames go to and come from a tap, whose frames begin with the
+    /// Hands a pair of queues over; their frames go to and come from a tap, whose frames begin with the
     /// header that the queues' have.
     ///
     /// # Errors
     /// When the kernel refuses.
     #[expect(unsafe_code, reason = "an ioctl without a safe wrapper")]
-    pub fn start(device: File, tap: &File, activation: &Activation) -> io::Result<Self> {
-        let server = Self { device, memory: Arc::new(activation.memory.clone()) };
+    pub fn start(
+        device: File,
+        tap: &File,
+        features: u64,
+        memory: &GuestMemory,
+        queues: &[ActiveQueue],
+        interrupt: &Interrupt,
+    ) -> io::Result<Self> {
+        let server = Self { device, memory: Arc::new(memory.clone()) };
         let set_up = || {
             server.set_owner()?;
             // The others are between the driver and the tap.
-            let features = activation.features & server.get_features()?;
-            vhost::hand_over(&server, features, activation, Ok)
+            vhost::hand_over(&server, features & server.get_features()?, memory, queues, interrupt, Ok)
         };
         set_up().map_err(io::Error::other)?;
-        for (index, _) in (0u32..).zip(&activation.queues) {
+        for (index, _) in (0u32..).zip(queues) {
             let backend = VringFile { index, fd: tap.as_raw_fd() };
             // SAFETY: the kernel reads the structure during the call; it keeps the tap open by itself.
             unsafe { set_backend(server.as_raw_fd(), &raw const backend) }?;

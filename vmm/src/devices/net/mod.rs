@@ -10,6 +10,7 @@
 //!   ^------------- detached <---------------'- reset by the driver
 //! ```
 
+pub mod kernel;
 pub mod wire;
 
 use std::fs::File;
@@ -18,7 +19,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
-use caisson_protocol::vmm::{NIC_HEADER, Nic, RateLimit};
+use caisson_protocol::vmm::{NIC_HEADER, NIC_PAIRS, Nic, NicWire, RateLimit};
 use virtio_queue::{QueueT, Writer};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,8 +33,8 @@ use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_confi
 use crate::memory::GuestMemory;
 
 const DEVICE_ID: u32 = 1;
-/// Receive, transmit.
-const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// Receive and transmit for each pair, and after those of all pairs that there are the control queue.
+const QUEUE_SIZES: [u16; 2 * NIC_PAIRS as usize + 1] = [256; 2 * NIC_PAIRS as usize + 1];
 /// Feature bits (5.1.3).
 const F_CSUM: u32 = 0;
 const F_GUEST_CSUM: u32 = 1;
@@ -45,6 +46,8 @@ const F_HOST_TSO4: u32 = 11;
 const F_HOST_TSO6: u32 = 12;
 const F_HOST_ECN: u32 = 13;
 const F_MRG_RXBUF: u32 = 15;
+const F_CTRL_VQ: u32 = 17;
+const F_MQ: u32 = 22;
 /// What each wire can do, and what one can whose frames have a header.
 const FEATURES: u64 = QUEUE_FEATURES | 1 << F_MAC | 1 << F_MRG_RXBUF;
 const OFFLOADS: u64 = 1 << F_CSUM
@@ -55,6 +58,11 @@ const OFFLOADS: u64 = 1 << F_CSUM
     | 1 << F_HOST_TSO4
     | 1 << F_HOST_TSO6
     | 1 << F_HOST_ECN;
+
+/// With several pairs of queues.
+const SEVERAL: u64 = 1 << F_CTRL_VQ | 1 << F_MQ;
+/// Where the configuration space holds the number of pairs (5.1.4).
+const MAX_PAIRS: std::ops::Range<usize> = 8..10;
 
 /// Where the header holds the number of buffers.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
@@ -106,24 +114,54 @@ impl Net {
     }
 }
 
+/// Whether a driver that has accepted these features has a control queue.
+fn has_control(features: u64) -> bool {
+    features & 1 << F_CTRL_VQ != 0
+}
+
+/// How many pairs of queues an interface has.
+fn pairs(nic: Option<Nic>) -> usize {
+    match nic.map(|nic| nic.wire) {
+        Some(NicWire::Kernel { pairs }) => pairs as usize,
+        _ => 1,
+    }
+}
+
 impl VirtioDevice for Net {
     fn id(&self) -> u32 {
         if lock(&self.place.0).is_some() { DEVICE_ID } else { 0 }
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        match pairs(*lock(&self.place.0)) {
+            1 => &QUEUE_SIZES[..2],
+            several => &QUEUE_SIZES[..2 * several + 1],
+        }
+    }
+
+    fn most_queues(&self) -> usize {
+        QUEUE_SIZES.len()
+    }
+
+    fn used_queues(&self, features: u64) -> usize {
+        // The control queue comes after the pairs that a driver knows of (5.1.2).
+        let pairs = if features & 1 << F_MQ != 0 { pairs(*lock(&self.place.0)) } else { 1 };
+        2 * pairs + usize::from(has_control(features))
     }
 
     fn features(&self) -> u64 {
-        let stream = lock(&self.place.0).is_some_and(|nic| nic.stream);
-        if stream { FEATURES } else { FEATURES | OFFLOADS }
+        let nic = *lock(&self.place.0);
+        let stream = nic.is_some_and(|nic| nic.wire == NicWire::Stream);
+        FEATURES | if stream { 0 } else { OFFLOADS } | if pairs(nic) > 1 { SEVERAL } else { 0 }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // Of what it could say (5.1.4) the address comes first.
-        let mac = lock(&self.place.0).map_or([0; 6], |nic| nic.mac);
-        read_config_bytes(&mac, offset, data);
+        // The address comes first.
+        let nic = *lock(&self.place.0);
+        let mut config = [0; MAX_PAIRS.end];
+        config[..6].copy_from_slice(&nic.map_or([0; 6], |nic| nic.mac));
+        config[MAX_PAIRS].copy_from_slice(&(pairs(nic) as u16).to_le_bytes());
+        read_config_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -61,6 +61,24 @@ impl Driver {
 }
 
 #[test]
+fn a_driver_has_as_many_queues_as_it_asks_for() {
+    let (_, commands) = crate::devices::io_thread::IoThread::new(crate::devices::mem::Shared::new(0, 0)).unwrap();
+    let place = Place::default();
+    let net = Net::new(0, place.clone(), commands);
+    let nic = Nic { place: 0, mac: [2; 6], wire: NicWire::Kernel { pairs: 3 }, limit: RateLimit::default() };
+    assert!(place.attach(nic));
+    let mut most = [0; 2];
+    net.read_config(8, &mut most);
+    assert_eq!((net.queue_sizes().len(), net.most_queues(), most), (7, 9, [3, 0]));
+    // Several pairs, the control queue alone, neither.
+    let used = [SEVERAL, 1 << F_CTRL_VQ, 0].map(|features| net.used_queues(features));
+    assert_eq!((used, net.features() & SEVERAL), ([7, 3, 2], SEVERAL));
+    place.detach();
+    assert!(place.attach(Nic { wire: NicWire::Tap, ..nic }));
+    assert_eq!((net.queue_sizes().len(), net.features() & SEVERAL), (2, 0));
+}
+
+#[test]
 fn what_the_guest_sends_reaches_the_wire() {
     let mut driver = Driver::new(&[], &[(BUFFERS, 20, 0), (BUFFERS, 4, 0), (BUFFERS, 30, 0)]);
     driver.memory.write_slice(&[7; 30], GuestAddress(BUFFERS)).unwrap();
@@ -137,7 +155,7 @@ fn an_empty_place_is_no_device() {
     let place = Place::default();
     let net = Net::new(0, place.clone(), commands);
     assert_eq!(net.id(), 0);
-    let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], stream: false, vhost: false, limit: RateLimit::default() };
+    let nic = Nic { place: 0, mac: [2, 0, 0, 0, 0, 9], wire: NicWire::Tap, limit: RateLimit::default() };
     assert!(place.attach(nic) && !place.attach(nic));
     let mut config = [7; 8];
     net.read_config(0, &mut config);
@@ -145,7 +163,7 @@ fn an_empty_place_is_no_device() {
     assert_ne!(net.features() & OFFLOADS, 0);
     place.detach();
     assert_eq!(net.id(), 0);
-    assert!(place.attach(Nic { stream: true, ..nic }));
+    assert!(place.attach(Nic { wire: NicWire::Stream, ..nic }));
     assert_eq!(net.features() & OFFLOADS, 0, "a stream has no header to say what is left to do");
 }
 
@@ -159,7 +177,7 @@ fn a_window_shows_an_interface_as_long_as_it_is_there() {
     // The device's id, the features of the first half, and the first bytes of the address.
     let shown = || [0x08, 0x10, 0x100].map(|register| windows.shown(0, register));
     assert_eq!(shown()[0], 0);
-    assert!(place.attach(Nic { place: 0, mac: [2, 3, 4, 5, 6, 7], stream: true, vhost: false, limit: RateLimit::default() }));
+    assert!(place.attach(Nic { place: 0, mac: [2, 3, 4, 5, 6, 7], wire: NicWire::Stream, limit: RateLimit::default() }));
     transport.show();
     assert_eq!(shown(), [DEVICE_ID, FEATURES as u32, 0x0504_0302]);
     place.detach();
