@@ -18,6 +18,7 @@ use std::path::Path;
 use std::process::Command;
 
 use caisson_sys::mounts::{self, Attributes};
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, Scope};
 use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -112,6 +113,7 @@ impl Inside {
     pub fn enter(self) -> Result<(), JailError> {
         match self.0 {
             Jail::Empty { id } => {
+                forbid_namespaces()?;
                 mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE | MsFlags::MS_REC, None::<&str>).step("make mounts private")?;
                 // Any folder serves to mount on; /proc is on every host.
                 let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
@@ -125,8 +127,12 @@ impl Inside {
                 for (resource, limit) in [(Resource::RLIMIT_NPROC, MAX_THREADS), (Resource::RLIMIT_MEMLOCK, 0)] {
                     setrlimit(resource, limit, limit).step("limit what it may use")?;
                 }
+                forbid_all().step("restrict it by Landlock")?;
             }
             Jail::CurrentFolder { ids } => {
+                if ids.is_some() {
+                    forbid_namespaces()?;
+                }
                 // Slave, not private: what the shim mounts into the share later must appear here.
                 mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).step("make mounts slaves")?;
                 // A copy: a mount of another user namespace cannot become the root.
@@ -149,6 +155,23 @@ impl Inside {
         nix::sys::prctl::set_dumpable(false).step("forbid tracing")?;
         nix::sys::prctl::set_no_new_privs().step("set no_new_privs")
     }
+}
+
+/// Lets nobody make a user namespace in our own: who does is root in it, and reaches more of the kernel than anybody here
+/// needs. A filter cannot tell it from a thread's start, whose flags lie in memory (clone3(2)).
+fn forbid_namespaces() -> Result<(), JailError> {
+    std::fs::write("/proc/sys/user/max_user_namespaces", "0").step("forbid user namespaces")
+}
+
+/// Has the kernel refuse every access to files by path, TCP connections, abstract sockets and signals to others: a second
+/// wall behind namespaces and an empty root, as far as the host's kernel knows it (landlock(7), Linux 5.13 and later).
+fn forbid_all() -> io::Result<()> {
+    let restrict = || {
+        let known = ABI::V6;
+        let ruleset = Ruleset::default().handle_access(AccessFs::from_all(known))?.handle_access(AccessNet::from_all(known))?;
+        ruleset.scope(Scope::from_all(known))?.create()?.restrict_self()
+    };
+    restrict().map(drop).map_err(|error: RulesetError| io::Error::other(error))
 }
 
 /// Closes everything above the control socket: a jail inherits nothing by accident.

@@ -6,8 +6,10 @@ use crate::Test;
 use crate::ctr::{Pod, ctr_ok, id, run, shell};
 use crate::host::{Inventory, assert_nothing_left};
 
-pub const TESTS: &[Test] =
-    &[("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need)];
+pub const TESTS: &[Test] = &[
+    ("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need),
+    ("whoever_takes_a_monitor_over_can_do_nothing_with_it", whoever_takes_a_monitor_over_can_do_nothing_with_it),
+];
 
 pub const ALONE: &[Test] = &[
     ("a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed", a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed),
@@ -67,6 +69,18 @@ fn a_pods_processes_have_no_rights_that_they_do_not_need() {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let root = mounts.lines().find(|line| line.contains(&format!("{folder}/share/{}/rootfs ", pod.id))).unwrap();
     assert!(root.contains("nosuid,nodev"), "{root}");
+}
+
+fn whoever_takes_a_monitor_over_can_do_nothing_with_it() {
+    // In the monitor's jail, without a filter and with that of each thread role.
+    let attempts = shell(&format!("/share/jail-probe 1500000000 {}", std::process::id()));
+    let of = |place: &str| attempts.lines().filter(|line| line.starts_with(&format!("{place}: "))).count();
+    assert!(of("jail") >= 10 && ["vcpu", "devices", "disk", "control", "spare"].into_iter().all(|role| of(role) >= 20), "{attempts}");
+    let done: Vec<&str> = attempts.lines().filter(|line| !line.contains(": refused, ") && !line.ends_with(": killed")).collect();
+    assert!(done.is_empty(), "{done:#?}");
+    // That the root folder cannot be looked into is Landlock's doing: it is there, and empty.
+    assert!(attempts.contains("jail: open the root folder: refused, Permission denied"), "{attempts}");
+    assert!(attempts.contains("jail: connect to an abstract socket: refused, Operation not permitted"), "{attempts}");
 }
 
 fn a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed() {
