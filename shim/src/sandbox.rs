@@ -73,7 +73,8 @@ impl Sandbox {
         let mut started = Started::default();
         let timeout = Duration::from_millis(config.boot_timeout_ms.into());
         let sandbox = match tokio::time::timeout(timeout, boot.run(&mut started)).await {
-            Ok(sandbox) => sandbox?,
+            Ok(Ok(sandbox)) => sandbox,
+            Ok(Err(error)) => return Err(started.cause(error).await),
             Err(_) => bail!("the guest was not ready within {} ms (timeouts.boot_ms); it was at: {}", config.boot_timeout_ms, boot.stage()),
         };
         started.keep();
@@ -126,6 +127,17 @@ struct Started {
 impl Started {
     fn keep(mut self) {
         (self.vmm, self.fs) = (None, None);
+    }
+
+    /// Why a step of the boot failed: when the monitor has ended, what became of it is the reason, and not what was found
+    /// of it then.
+    async fn cause(&self, error: anyhow::Error) -> anyhow::Error {
+        let Some(vmm) = &self.vmm else { return error };
+        let mut ended = vmm.ended();
+        match tokio::time::timeout(LAST_WORDS, ended.wait_for(Option::is_some)).await.map(|end| end.map(|reason| reason.clone())) {
+            Ok(Ok(Some(reason))) if !format!("{error:#}").contains(&reason) => anyhow::anyhow!("{reason}"),
+            _ => error,
+        }
     }
 }
 

@@ -186,7 +186,11 @@ impl Vmm {
                 Ok(Some((Event::Vcpus(count), _))) => {
                     self.vcpus.send_modify(|now| *now = count);
                 }
-                Ok(Some((Event::Stopped(stopped), _))) => reason = Some(describe(&stopped)),
+                // Its last word, whether it lives or not.
+                Ok(Some((Event::Stopped(stopped), _))) => {
+                    reason = Some(describe(&stopped));
+                    break;
+                }
                 Ok(Some((Event::Jailed { .. }, _))) => {}
                 Ok(None) => break,
                 Err(error) => {
@@ -356,11 +360,20 @@ fn describe(stopped: &Stopped) -> String {
     match stopped {
         Stopped::Reset => "the guest reset the machine".into(),
         Stopped::Panic { reason, log } => {
-            log::error!("the guest kernel's log before its panic:\n{log}");
-            format!("the guest kernel panicked: {reason}")
+            let log: Vec<String> = log.lines().map(one_line).collect();
+            log::error!("the guest kernel's log before its panic:\n{}", log.join("\n"));
+            format!("the guest kernel panicked: {}", one_line(reason))
         }
-        Stopped::Failed(reason) => reason.clone(),
+        Stopped::Failed(reason) => one_line(reason),
     }
+}
+
+/// Most characters of a reason that a jailed process gives.
+const MAX_REASON: usize = 1024;
+
+/// What a jailed process says, for a log and a terminal: one line of bounded length, whatever it says.
+fn one_line(text: &str) -> String {
+    text.chars().take(MAX_REASON).map(|char| if char.is_control() { ' ' } else { char }).collect()
 }
 
 /// Why the virtio-fs server ended.
@@ -408,7 +421,19 @@ pub async fn start_fs<F: Future<Output = ()> + Send>(
 /// Waits for the last word of a virtio-fs server, if it has one.
 async fn failure(server: &Jailed) -> Option<String> {
     match server.receive::<fs::Event>().await {
-        Ok(Some((fs::Event::Failed(reason), _))) => Some(format!("the virtio-fs server failed: {reason}")),
+        Ok(Some((fs::Event::Failed(reason), _))) => Some(format!("the virtio-fs server failed: {}", one_line(&reason))),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_monitor_says_is_one_line_of_bounded_length() {
+        let said = describe(&Stopped::Failed(format!("one\n\u{1b}[2Jtwo{}", "x".repeat(70_000))));
+        assert!(said.starts_with("one  [2Jtwo") && said.len() == MAX_REASON, "{}", said.len());
+        assert_eq!(describe(&Stopped::Panic { reason: "a\tb".into(), log: String::new() }), "the guest kernel panicked: a b");
     }
 }

@@ -14,6 +14,7 @@ mod events;
 mod faults;
 mod fire;
 mod host;
+mod hostile;
 mod io;
 mod isolation;
 mod leaks;
@@ -63,6 +64,9 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
 }
 
 fn main() {
+    if std::env::args().next().is_some_and(|name| name.ends_with(hostile::peers::MONITOR)) {
+        return hostile::peers::monitor();
+    }
     let mut words = std::env::args().skip(1);
     if words.next().as_deref() == Some("bench") {
         return bench::run(words.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(5));
@@ -96,6 +100,7 @@ fn main() {
             &[
                 leaks::TESTS,
                 isolation::ALONE,
+                hostile::ALONE,
                 faults::ALONE,
                 owners::ALONE,
                 tools::ALONE,

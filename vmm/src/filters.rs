@@ -204,7 +204,8 @@ mod tests {
         assert!(calls(VCPU_LISTS).len() <= 30 && most <= Some(45), "{} {most:?}", calls(VCPU_LISTS).len());
     }
 
-    const ROLES: [(fn() -> Result<(), SeccompError>, &[&[Allow]]); 5] =
+    type Role = (fn() -> Result<(), SeccompError>, &'static [&'static [Allow]]);
+    const ROLES: [Role; 5] =
         [(control, CONTROL_LISTS), (super::disk, DISK_LISTS), (vcpu, VCPU_LISTS), (spare_vcpu, SPARE_LISTS), (io, IO_LISTS)];
     /// Beyond the last system call that Linux has.
     const END: i64 = 512;
