@@ -18,7 +18,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context as CallContext;
 
 use crate::cri;
-use crate::errors::{Error, Result};
+use crate::errors::{Error, Result, one_line};
 use crate::vmm::Ended;
 
 /// How a process ended.
@@ -288,7 +288,8 @@ fn check_version(agent: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::Precondition(format!(
-        "the shim is version {VERSION} and the agent in the initramfs is version {agent}; install both from one build"
+        "the shim is version {VERSION} and the agent in the initramfs is version {}; install both from one build",
+        one_line(agent)
     )))
 }
 

@@ -57,13 +57,21 @@ impl From<Error> for ttrpc::Error {
     }
 }
 
+/// Most characters of what somebody says whom we do not trust.
+pub const MAX_SAID: usize = 4096;
+
+/// What the guest's agent or a jailed process says, for a log and a terminal: one line of bounded length, whatever it says.
+pub fn one_line(text: &str) -> String {
+    text.chars().take(MAX_SAID).map(|char| if char.is_control() { ' ' } else { char }).collect()
+}
+
 /// What the agent answered, as an error of ours.
 impl From<ttrpc::Error> for Error {
     fn from(error: ttrpc::Error) -> Self {
         let ttrpc::Error::RpcStatus(status) = error else {
             return Self::Gone(format!("the connection to the guest's agent broke: {error}"));
         };
-        let message = status.message().to_owned();
+        let message = one_line(status.message());
         match status.code() {
             // The variants add their own words.
             Code::NOT_FOUND => Self::NotFound(message.trim_end_matches(": not found").to_owned()),

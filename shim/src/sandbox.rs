@@ -270,7 +270,7 @@ impl Boot<'_> {
             hello.agent_start_us / 1000,
             hello.ready_us.saturating_sub(hello.agent_start_us) / 1000,
             self.begin.elapsed().as_millis(),
-            hello.kernel,
+            errors::one_line(&hello.kernel),
         );
         Ok(())
     }

@@ -20,6 +20,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 use crate::channel::Channel;
+use crate::errors::one_line;
 
 /// For what a disk was asked to be done before it is closed.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -368,14 +369,6 @@ fn describe(stopped: &Stopped) -> String {
     }
 }
 
-/// Most characters of a reason that a jailed process gives.
-const MAX_REASON: usize = 1024;
-
-/// What a jailed process says, for a log and a terminal: one line of bounded length, whatever it says.
-fn one_line(text: &str) -> String {
-    text.chars().take(MAX_REASON).map(|char| if char.is_control() { ' ' } else { char }).collect()
-}
-
 /// Why the virtio-fs server ended.
 pub enum FsEnd {
     /// It said what it could not do.
@@ -429,11 +422,12 @@ async fn failure(server: &Jailed) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::errors::MAX_SAID;
 
     #[test]
     fn what_a_monitor_says_is_one_line_of_bounded_length() {
         let said = describe(&Stopped::Failed(format!("one\n\u{1b}[2Jtwo{}", "x".repeat(70_000))));
-        assert!(said.starts_with("one  [2Jtwo") && said.len() == MAX_REASON, "{}", said.len());
+        assert!(said.starts_with("one  [2Jtwo") && said.len() == MAX_SAID, "{}", said.len());
         assert_eq!(describe(&Stopped::Panic { reason: "a\tb".into(), log: String::new() }), "the guest kernel panicked: a b");
     }
 }

@@ -59,13 +59,7 @@ fn build() -> Result<PathBuf> {
             .quiet()
             .run()
             .context("build the host programs")?;
-        let _flags = sh.push_env("RUSTFLAGS", "-C target-feature=+crt-static");
-        let _link = sh.push_env("LIBSECCOMP_LINK_TYPE", "static");
-        // The agent is unpacked into every guest's memory: its size is memory and time of every pod.
-        let _size = sh.push_env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "s");
-        let _lto = sh.push_env("CARGO_PROFILE_RELEASE_LTO", "fat");
-        let _path = sh.push_env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
-        cmd!(sh, "{cargo} build --quiet --release --package caisson-agent --target {AGENT_TARGET}").quiet().run().context("build the agent")
+        build_agent(&sh, &["--bins"]).context("build the agent")
     })?;
     for program in PROGRAMS {
         replace(&sh, &top.join("target/release").join(program), &out.join("bin").join(program))?;
@@ -75,6 +69,27 @@ fn build() -> Result<PathBuf> {
     let agent = top.join("target").join(AGENT_TARGET).join("release/caisson-agent");
     caisson_image_builder::initramfs(&agent, &out.join("share/initramfs"))?;
     Ok(out)
+}
+
+/// Builds a program of the agent's package, which runs in the guest without any library.
+fn build_agent(sh: &Shell, what: &[&str]) -> Result<()> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let _flags = sh.push_env("RUSTFLAGS", "-C target-feature=+crt-static");
+    let _link = sh.push_env("LIBSECCOMP_LINK_TYPE", "static");
+    // The agent is unpacked into every guest's memory: its size is memory and time of every pod.
+    let _size = sh.push_env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "s");
+    let _lto = sh.push_env("CARGO_PROFILE_RELEASE_LTO", "fat");
+    let _path = sh.push_env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu");
+    Ok(cmd!(sh, "{cargo} build --quiet --release --package caisson-agent --target {AGENT_TARGET} {what...}").quiet().run()?)
+}
+
+/// Makes an initramfs with an agent that attacks the shim, for a test of that.
+pub fn hostile_initramfs(target: &Path) -> Result<()> {
+    let sh = Shell::new()?;
+    let top = source_dir()?;
+    sh.change_dir(&top);
+    build_agent(&sh, &["--example", "hostile-agent"]).context("build the hostile agent")?;
+    caisson_image_builder::initramfs(&top.join("target").join(AGENT_TARGET).join("release/examples/hostile-agent"), target)
 }
 
 /// The guest kernel, from the cache when neither fragment nor source changed.

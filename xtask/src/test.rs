@@ -84,14 +84,16 @@ fn count(text: &str, word: &str) -> u64 {
     text.split(word).next().and_then(|before| before.rsplit([' ', '.']).next()).and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
-/// Builds the node tests' program, and what tries the monitor's jail from inside, and puts them into a folder that a node will share.
+/// Builds the node tests' program, what tries the monitor's jail from inside, and an agent that lies, and puts them into a
+/// folder that a node will share.
 pub fn build_node_tests(share: &Path) -> Result<()> {
     let sh = Shell::new()?;
     sh.change_dir(build::source_dir()?);
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     progress::step("building the node tests", || {
         cmd!(sh, "{cargo} build --quiet --package caisson-tests").quiet().run()?;
-        Ok(cmd!(sh, "{cargo} build --quiet --package caisson-vmm --example jail-probe").quiet().run()?)
+        cmd!(sh, "{cargo} build --quiet --package caisson-vmm --example jail-probe").quiet().run()?;
+        build::hostile_initramfs(&share.join("hostile-initramfs"))
     })?;
     sh.copy_file("target/debug/examples/jail-probe", share.join("jail-probe"))?;
     Ok(sh.copy_file("target/debug/node-tests", share.join("node-tests"))?)

@@ -47,15 +47,20 @@ pub fn all() -> Vec<Attack> {
         attack("a fault", &[RESET], |program| {
             program.fault();
         }),
-        Attack { boot_ms: 5000, ..attack("silence", &["the guest was not ready within 5000 ms"], |program| {
-            program.halt();
-        }) },
+        Attack {
+            boot_ms: 5000,
+            ..attack("silence", &["the guest was not ready within 5000 ms"], |program| {
+                program.halt();
+            })
+        },
         attack("every register", &[RESET], every_register),
         attack("every port", &[RESET], every_port),
         attack("queues outside of memory", &[RESET], queues_outside),
         attack("chains without end", &[RESET], |program| chains(program, VSOCK)),
         attack("chains of entropy", &[RESET], |program| chains(program, RNG)),
-        attack("chains of files", &["virtio-fs server", "a request of the guest", "the guest's queue", RESET], |program| chains(program, FS)),
+        attack("chains of files", &["virtio-fs server", "a request of the guest", "the guest's queue", RESET], |program| {
+            chains(program, FS)
+        }),
         attack("requests that are none", &["a request of the guest", "the virtio-fs server"], requests),
         attack("a flood of connections", &[RESET], connections),
         attack("a storm of notifications", &[RESET], storm),

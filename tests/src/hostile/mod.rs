@@ -3,7 +3,8 @@
 //! nothing stays.
 //!
 //! * `guest.rs` is the kernel: a few instructions that do what a table says. `attacks.rs` has the tables.
-//! * `peers.rs` are monitor and agent: this program itself, started by the shim in the place of theirs.
+//! * `peers.rs` is the monitor: this program itself, started by the shim in the place of the real one.
+//! * `agent/examples/hostile-agent.rs` is the agent, in an initramfs of its own.
 
 mod attacks;
 mod guest;
@@ -20,6 +21,7 @@ use crate::host::{Inventory, assert_nothing_left};
 pub const ALONE: &[Test] = &[
     ("a_guest_kernel_that_attacks_its_devices_harms_nobody_else", a_guest_kernel_that_attacks_its_devices_harms_nobody_else),
     ("a_monitor_that_was_taken_over_harms_nobody_else", a_monitor_that_was_taken_over_harms_nobody_else),
+    ("an_agent_that_lies_harms_nobody_else", an_agent_that_lies_harms_nobody_else),
 ];
 
 /// What any of a pod's processes may hold of their own memory, whatever its guest does, in KiB.
@@ -58,6 +60,35 @@ fn a_monitor_that_was_taken_over_harms_nobody_else() {
         assert_nothing_left(&before);
     }
     shell(&format!("rm {program} {}", peers::ATTACK));
+}
+
+/// Attacks of the agent by their names, and what the caller of the pod may read of each.
+const AGENTS: &[(&str, &[&str])] = &[
+    ("silence", &["waiting for the agent, which connected but did not answer"]),
+    ("garbage", &["the connection to the guest's agent broke", "did not answer"]),
+    ("a long frame", &["the connection to the guest's agent broke", "did not answer"]),
+    ("answers that are none", &["the connection to the guest's agent broke", "did not answer"]),
+    ("another version", &["the agent in the initramfs is version 9 [2J xxx"]),
+    ("long words", &["one line [2J of many xxx"]),
+    ("a flood", &["the guest's agent did not answer within 8000 ms", "the connection to the guest's agent broke"]),
+    ("lies", &[""]),
+];
+
+fn an_agent_that_lies_harms_nobody_else() {
+    let neighbour = Pod::start("neighbour", &[], "sleep 1000");
+    let before = Inventory::take();
+    for (attack, ends) in AGENTS {
+        let _settings = Config::set(&format!(
+            "[image]\ninitramfs = \"/share/hostile-initramfs\"\n[kernel]\nargs = 'hostile=\"{attack}\"'\n\
+             [timeouts]\nboot_ms = 12000\nagent_ms = 8000\nhealth_interval_ms = 2000\ndrain_ms = 2000\n"
+        ));
+        let (output, memory) = watched(attack, || run_pod(&[], &["true"]));
+        assert!(output.code != 0 && ends.iter().any(|end| output.stderr.contains(end)), "{attack}: {output:?}");
+        assert!(output.stderr.len() < 8192, "{attack}: {output:?}");
+        assert!(memory < MOST_MEMORY, "{attack}: {memory} KiB");
+        assert_eq!(neighbour.exec(&[], &["echo", "alive"]).stdout, "alive\n", "{attack}");
+        assert_nothing_left(&before);
+    }
 }
 
 /// What comes of `attack`, and the most of its own memory that any process of any pod held meanwhile, in KiB.

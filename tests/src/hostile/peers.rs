@@ -37,6 +37,7 @@ const CONTROL: i32 = 3;
 const LONG: Duration = Duration::from_secs(600);
 
 /// Acts as the monitor.
+#[expect(clippy::zombie_processes, reason = "who starts it ends, and the shim adopts it")]
 pub fn monitor() {
     let arguments: Vec<String> = std::env::args().collect();
     if arguments.len() == 2 {
@@ -55,7 +56,9 @@ pub fn monitor() {
         "a long message" => say(control, &"x".repeat(70_000)),
         "many descriptors" => many_descriptors(control),
         "lies" => lies(control),
-        "long last words" => say(control, &format!("{{\"Stopped\":{{\"Failed\":\"one line\\u001b[2J\\nof many {}\"}}}}", "x".repeat(60_000))),
+        "long last words" => {
+            say(control, &format!("{{\"Stopped\":{{\"Failed\":\"one line\\u001b[2J\\nof many {}\"}}}}", "x".repeat(60_000)))
+        }
         "a server's peer" => attack_server(&server(control)),
         _ => {}
     }
