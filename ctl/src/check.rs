@@ -1,5 +1,6 @@
 //! `caisson check`: can this host run pods, and if not, what is to be done.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -7,18 +8,20 @@ use caisson_host::settings;
 use caisson_protocol::config::{Config, NetworkDefault};
 use caisson_sys::mounts::Attributes;
 
-use crate::probe;
+use crate::{probe, rootless};
 
 /// One thing that a pod needs of its host.
-struct Check {
-    what: &'static str,
-    outcome: Result<String>,
-    remedy: &'static str,
+pub struct Check {
+    pub what: &'static str,
+    /// What was found, or what is missing.
+    pub outcome: Result<String>,
+    /// What to do when it is.
+    pub remedy: &'static str,
 }
 
-/// Prints a line a check, with a remedy for each miss; true when nothing is missing.
-pub fn print(path: &Path) -> bool {
-    let checks = all(path);
+/// Prints a line a check, with a remedy for each miss; true when nothing is missing. With `rootless` for who is not root.
+pub fn print(path: &Path, rootless: bool) -> bool {
+    let checks = all(path, rootless);
     for check in &checks {
         match &check.outcome {
             Ok(found) => println!("ok      {}: {found}", check.what),
@@ -37,7 +40,9 @@ pub fn print(path: &Path) -> bool {
     missing == 0
 }
 
-fn all(path: &Path) -> Vec<Check> {
+const RUN_FOLDER: &str = "run folder";
+
+fn all(path: &Path, rootless: bool) -> Vec<Check> {
     let config = settings::load(path);
     let effective = config.as_ref().cloned().unwrap_or_default();
     let file = |what, path: &Path, remedy| Check { what, outcome: readable(path), remedy };
@@ -75,15 +80,19 @@ fn all(path: &Path) -> Vec<Check> {
             outcome: shim(),
             remedy: "Run `cargo xtask install`; containerd looks for the shim on its own PATH.",
         },
-        Check { what: "run folder", outcome: run_dir(&effective), remedy: "Run as root, or set run.dir to a folder that can be written." },
+        Check { what: RUN_FOLDER, outcome: run_dir(&effective), remedy: "Run as root, or set run.dir to a folder that can be written." },
     ];
-    if effective.network_default == NetworkDefault::User {
+    if rootless {
+        // Made in a namespace of their own, by who is root there.
+        checks.retain(|check| check.what != RUN_FOLDER);
+        checks.extend(rootless::checks(&effective));
+    } else if effective.network_default == NetworkDefault::User {
         checks.push(file("user-mode network", &effective.network_passt, "Install the package passt, or set network.passt."));
     }
     checks
 }
 
-fn readable(path: &Path) -> Result<String> {
+pub fn readable(path: &Path) -> Result<String> {
     let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
     let meta = file.metadata().with_context(|| path.display().to_string())?;
     ensure!(meta.is_file() && meta.len() > 0, "{}: it is empty or no file", path.display());
@@ -105,7 +114,7 @@ fn seccomp() -> Result<String> {
     Ok("filters are available".into())
 }
 
-fn filesystem(name: &str) -> Result<String> {
+pub fn filesystem(name: &str) -> Result<String> {
     let known = std::fs::read_to_string("/proc/filesystems").context("/proc/filesystems")?;
     ensure!(known.lines().any(|line| line.split_whitespace().last() == Some(name)), "the kernel does not know {name}");
     Ok("available".into())
@@ -113,9 +122,11 @@ fn filesystem(name: &str) -> Result<String> {
 
 fn volumes() -> Result<String> {
     let root = std::fs::File::open("/").context("/")?;
-    // Of nothing that is to change the kernel only says whether it knows the call.
-    caisson_sys::mounts::set_attributes(&root, Attributes::default(), false).context("mount_setattr")?;
-    Ok("mounts can be bound by descriptor".into())
+    // Of nothing that is to change the kernel only says whether it knows the call, and to whom it may be.
+    match caisson_sys::mounts::set_attributes(&root, Attributes::default(), false) {
+        Err(error) if error.kind() != ErrorKind::PermissionDenied => Err(error).context("mount_setattr"),
+        _ => Ok("mounts can be bound by descriptor".into()),
+    }
 }
 
 /// The kernel loads the driver when its device is opened.

@@ -5,6 +5,7 @@ mod exec;
 mod list;
 mod owner;
 mod probe;
+mod rootless;
 mod security;
 
 use std::path::{Path, PathBuf};
@@ -37,6 +38,9 @@ enum Command {
         /// With --security: as JSON, one check a line
         #[arg(long, requires = "security")]
         json: bool,
+        /// Tell whether you can run pods without being root
+        #[arg(long, conflicts_with = "security")]
+        rootless: bool,
     },
     /// Print the effective configuration
     Config,
@@ -125,8 +129,8 @@ fn run(command: Command, config: &Path) -> Result<u8> {
         Command::Version => println!("caisson {}", caisson_protocol::VERSION),
         Command::Config => print!("{}", load()?.to_toml()),
         Command::List { json } => list::print(&load()?, json)?,
-        Command::Check { security: true, json } => return Ok(u8::from(!security::print(&load()?, json)?)),
-        Command::Check { .. } => return Ok(u8::from(!check::print(config))),
+        Command::Check { security: true, json, .. } => return Ok(u8::from(!security::print(&load()?, json)?)),
+        Command::Check { rootless, .. } => return Ok(u8::from(!check::print(config, rootless))),
         Command::Exec { tty, container, cwd, env, pod, command } => {
             let program = Exec { container, args: command, cwd, env, terminal: None };
             return exec::run(&load()?, &pod, program, tty);

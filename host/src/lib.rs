@@ -5,7 +5,8 @@
 //! * [`rights`]: what of root's rights each process keeps;
 //! * [`seccomp`]: system call filters, one for each thread role;
 //! * [`settings`]: reads the configuration's files;
-//! * [`records`]: reads and writes what pods keep on disk.
+//! * [`records`]: reads and writes what pods keep on disk;
+//! * [`users`]: which users there are where a program runs.
 
 pub mod control;
 pub mod jail;
@@ -13,3 +14,4 @@ pub mod records;
 pub mod rights;
 pub mod seccomp;
 pub mod settings;
+pub mod users;

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use caisson_protocol::config::{Config, ConfigError};
 
+use crate::users;
+
 /// A configuration that cannot be used, in one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
@@ -27,13 +29,14 @@ pub enum SettingsError {
     Config(#[from] ConfigError),
 }
 
-/// The effective configuration of the file `path` and of `<path>.d/*.toml`; both may be absent.
+/// The effective configuration of the file `path` and of `<path>.d/*.toml`; both may be absent. In a user namespace the
+/// defaults are those that suit one.
 ///
 /// # Errors
 /// When a file that exists cannot be read or holds something that is not allowed.
 pub fn load(path: &Path) -> Result<Config, SettingsError> {
     let read_error = |path: &Path, source| SettingsError::Read { path: path.display().to_string(), source };
-    let mut config = Config::default();
+    let mut config = if users::are_few() { Config::rootless() } else { Config::default() };
     let mut files = vec![path.to_owned()];
     let mut drop_ins = path.as_os_str().to_owned();
     drop_ins.push(".d");

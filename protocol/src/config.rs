@@ -224,6 +224,11 @@ fn known_keys() -> String {
 }
 
 impl Config {
+    /// The defaults where only the 65536 users are that somebody without root is given: the upper half of them is for VMMs.
+    pub fn rootless() -> Self {
+        Self { uid_base: 32_768, uid_count: 32_768, ..Self::default() }
+    }
+
     /// What a network interface may carry each way.
     pub fn network_limit(&self) -> RateLimit {
         // Of network rates a megabit is 10^6 bits, of disks' a MiB 2^20 bytes.

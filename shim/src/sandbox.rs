@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use caisson_host::jail::raise_descriptor_limit;
+use caisson_host::users::{self, Users};
 use caisson_protocol::config::Config;
 use caisson_protocol::fs::FsConfig;
 use caisson_protocol::guest::CONTROL_PORT;
@@ -178,6 +179,7 @@ impl Boot<'_> {
         let bounds = Bounds::new(config, self.spec.pod_limits())?;
         let files = open_files(config, &bounds, self.bundle)?;
         prepare_share(&store.share())?;
+        check_users(config)?;
         let uid = store.reserve_uid(config.uid_base, config.uid_count)?;
         let (fs_listener, fs_client) = fs_socket(store.dir())?;
 
@@ -276,6 +278,18 @@ impl Boot<'_> {
     }
 }
 
+/// Refuses ids for monitors that are nobody's where we are.
+fn check_users(config: &Config) -> Result<()> {
+    let users = Users::here().context("read which users there are")?;
+    let (first, count) = (config.uid_base, config.uid_count);
+    anyhow::ensure!(
+        users.have(first, count),
+        "the {count} user ids from vmm.uid_base = {first} on are not all in this user namespace, which has {}",
+        users.describe()
+    );
+    Ok(())
+}
+
 /// Takes as many open files as the host allows, and says so when they are too few.
 fn check_descriptor_limit() -> Result<()> {
     let limit = raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open files")?;
@@ -362,11 +376,22 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
 pub async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
     for pid in pids {
         // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
-        std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").with_context(|| format!("set the OOM score of process {pid}"))?;
+        let path = format!("/proc/{pid}/oom_score_adj");
+        let protected = std::fs::read_to_string(&path).is_ok_and(|score| score.starts_with('-'));
+        if protected {
+            std::fs::write(&path, "0").with_context(|| format!("set the OOM score of process {pid}"))?;
+        }
     }
     let Some(place) = spec.cgroups_path().and_then(Place::parse) else { return Ok(()) };
     store.change(|record| record.cgroup = Some(place.path.clone()))?;
-    place.join(pids).await
+    match place.join(pids).await {
+        // Who is not root has cgroups only where they were delegated.
+        Err(error) if users::are_few() => {
+            log::warn!("the pod is not in a cgroup of its own: {error:#}");
+            store.change(|record| record.cgroup = None)
+        }
+        joined => joined,
+    }
 }
 
 /// Kills a machine whose agent does not answer any more.

@@ -23,6 +23,7 @@ mod owners;
 mod pods;
 mod process;
 mod resize;
+mod rootless;
 mod sequences;
 mod streaming;
 mod tools;
@@ -103,6 +104,7 @@ fn main() {
                 hostile::ALONE,
                 faults::ALONE,
                 owners::ALONE,
+                rootless::ALONE,
                 tools::ALONE,
                 pods::ALONE,
                 user_network::ALONE,

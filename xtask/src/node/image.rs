@@ -43,6 +43,7 @@ const PACKAGES: &[&str] = &[
     "runc",
     "socat",
     "strace",
+    "uidmap",
     "util-linux",
     "xz-utils",
 ];
