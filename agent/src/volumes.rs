@@ -11,7 +11,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use caisson_protocol::guest::{MOUNTS_DIR, SHARE_DIR, VOLUME_STATE, VOLUMES_DIR};
+use caisson_protocol::guest::{VOLUME_STATE, VOLUMES_DIR, shared_mount};
 
 use crate::machine::memory_kib;
 use crate::names::check_file_name;
@@ -34,7 +34,7 @@ pub fn publish(container: &str, volume: &str, state: &str) -> Result<()> {
         check_file_name(name).with_context(|| format!("volume {volume:?}"))?;
     }
     ensure!(state.starts_with(".."), "volume {volume}: state {state:?} does not begin with \"..\"");
-    let source = Path::new(SHARE_DIR).join(container).join(MOUNTS_DIR).join(volume);
+    let source = PathBuf::from(shared_mount(container, volume));
     let budget = (memory_kib("MemAvailable")? << 10) / SHARE_OF_MEMORY;
     replace(&source, &folder(container).join(volume), state, budget).with_context(|| format!("copy volume {volume}"))
 }

@@ -19,6 +19,11 @@ pub const ROOTFS_DIR: &str = "rootfs";
 /// Within the share, a container's folder holds its bind mounts under this name, numbered.
 pub const MOUNTS_DIR: &str = "mounts";
 
+/// Where the guest finds a container's bind mount in the share, by its number.
+pub fn shared_mount(container: &str, name: &str) -> String {
+    format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{name}")
+}
+
 /// Annotations by which containerd's CRI and CRI-O tell a sandbox from a container in it: the name
 /// of the kind (`sandbox` or `container`), and that of the sandbox's id.
 pub const POD_ANNOTATIONS: &[(&str, &str)] = &[

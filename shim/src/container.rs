@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use anyhow::{Context, Result, ensure};
 use caisson_protocol::config::{Config, HostSockets};
 use caisson_protocol::fs::HOST_IDS;
-use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR};
+use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, shared_mount};
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::Value;
 
@@ -17,7 +17,7 @@ use crate::errors::{self, Error};
 use crate::idmap::IdMap;
 use crate::mounts::{self, How, ReadOnly};
 use crate::process::Process;
-use crate::spec::{Bind, Spec, shared_mount};
+use crate::spec::{Bind, Spec};
 use crate::store::{Store, remove_empty_tree, unmount_below};
 
 /// Mounts within a container's volumes: a node has some hundreds.

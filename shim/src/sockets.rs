@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use caisson_protocol::agent::HostSocket;
-use caisson_protocol::guest::SOCKETS_DIR;
+use caisson_protocol::guest::{SOCKETS_DIR, shared_mount};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
@@ -21,7 +21,7 @@ use tokio::sync::Semaphore;
 use crate::container::Container;
 use crate::machine::Machine;
 use crate::sandbox::Sandbox;
-use crate::spec::{Bind, shared_mount};
+use crate::spec::Bind;
 
 /// Connections at a time to one socket; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 256;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use caisson_protocol::agent::MemoryVolume;
 use caisson_protocol::config::HostNamespaces;
-use caisson_protocol::guest::{MOUNTS_DIR, POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR};
+use caisson_protocol::guest::{POD_ANNOTATIONS, ROOTFS_DIR, SHARE_DIR, SHM_DIR, shared_mount};
 use serde_json::{Map, Value, json};
 
 use crate::cri::PodFile;
@@ -310,11 +310,6 @@ fn add_pod_files(spec: &mut Value, files: &[PodFile]) {
 fn process_namespace(path: &str) -> Option<(u32, &str)> {
     let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
     (!file.contains('/')).then_some((pid.parse().ok()?, file))
-}
-
-/// Where the guest finds a container's bind mount in the share.
-pub fn shared_mount(container: &str, name: &str) -> String {
-    format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{name}")
 }
 
 /// The bind mount of a host path that a mount entry asks for.

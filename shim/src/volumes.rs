@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use caisson_protocol::guest::{VOLUME_STATE, VOLUMES_DIR};
+use caisson_protocol::guest::{VOLUME_STATE, VOLUMES_DIR, shared_mount};
 use serde_json::{Value, json};
 
 use crate::agent::Agent;
@@ -21,7 +21,7 @@ use crate::container::Container;
 use crate::errors::Error;
 use crate::machine::Machine;
 use crate::mounts::ReadOnly;
-use crate::spec::{Bind, shared_mount};
+use crate::spec::Bind;
 
 /// Between two looks at a container's volumes.
 const INTERVAL: Duration = Duration::from_secs(2);
