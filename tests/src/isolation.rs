@@ -1,10 +1,14 @@
 //! What a pod's processes on the host may do: no more than they need.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Test;
+use k8s_cri::v1::{Device, LinuxContainerResources};
+
+use crate::cri;
 use crate::ctr::{Pod, ctr_ok, id, run, shell};
-use crate::host::{Inventory, assert_nothing_left};
+use crate::faults::Config;
+use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
     ("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need),
@@ -13,6 +17,7 @@ pub const TESTS: &[Test] = &[
 
 pub const ALONE: &[Test] = &[
     ("a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed", a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed),
+    ("what_a_monitor_may_ask_of_the_kernel_is_what_it_asks", what_a_monitor_may_ask_of_the_kernel_is_what_it_asks),
     ("check_security_tells_a_process_that_is_held_from_one_that_is_not", check_security_tells_a_process_that_is_held_from_one_that_is_not),
 ];
 
@@ -81,6 +86,116 @@ fn whoever_takes_a_monitor_over_can_do_nothing_with_it() {
     // That the root folder cannot be looked into is Landlock's doing: it is there, and empty.
     assert!(attempts.contains("jail: open the root folder: refused, Permission denied"), "{attempts}");
     assert!(attempts.contains("jail: connect to an abstract socket: refused, Operation not permitted"), "{attempts}");
+}
+
+/// System calls that a monitor makes seldom, in which role, and when.
+const SELDOM: &[(&str, &[i64], &str)] = &[
+    ("any", &[12, 25, 28, 202, 9, 10, 11], "brk, mremap, madvise, futex, mmap, mprotect, munmap: as the allocator and its locks need"),
+    ("any", &[15, 219], "rt_sigreturn, restart_syscall: when a signal comes, and when it is over"),
+    ("any", &[60, 231], "exit, exit_group: the end of a thread, and of the process"),
+    ("any", &[46, 1], "sendmsg, write: the last word to the shim, and a panic's"),
+    ("any", &[14, 131], "rt_sigprocmask, sigaltstack: the end of a thread"),
+    ("disk", &[72], "fcntl: by which a build for debugging checks what it closes"),
+    ("control", &[273, 334], "set_robust_list, rseq: a new thread's first, when nobody knows yet which it is"),
+    ("spare", &[273, 334, 435], "those, and clone3: for more vCPUs than the node has"),
+    (
+        "any",
+        &[24, 204, 228, 318],
+        "sched_yield, sched_getaffinity, clock_gettime, getrandom: the runtime's, where the kernel's page does not have them",
+    ),
+];
+
+/// Stands in the monitor's place until it is traced: who is started by the shim cannot trace.
+const AWAITED: &str = "#!/bin/sh\necho $$ > /tmp/monitor.pid\nuntil [ -e /tmp/monitor.trace ]; do sleep 0.05; done\n\
+    exec /usr/libexec/caisson/caisson-vmm \"$@\"\n";
+
+/// Traces the monitor of the next pod from its beginning, each system call with its number.
+fn trace_next() -> std::thread::JoinHandle<()> {
+    let trace = "rm -f /tmp/monitor.pid /tmp/monitor.trace; until [ -s /tmp/monitor.pid ]; do sleep 0.05; done; \
+        exec strace --quiet=all --syscall-number --follow-forks --output=/tmp/monitor.trace --string-limit=40 --attach=$(cat /tmp/monitor.pid)";
+    let mut strace = std::process::Command::new("bash").args(["-c", trace]).spawn().unwrap();
+    eventually(|| !std::path::Path::new("/tmp/monitor.pid").exists(), "the last trace stays");
+    std::thread::spawn(move || {
+        strace.wait().unwrap();
+    })
+}
+
+fn what_a_monitor_may_ask_of_the_kernel_is_what_it_asks() {
+    let monitor = "/tmp/awaited-monitor";
+    std::fs::write(monitor, AWAITED).unwrap();
+    shell(&format!("chmod 755 {monitor}"));
+    let image = format!("/tmp/{}", id("disk"));
+    let disk = shell(&format!("truncate -s 16M {image} && losetup --find --show {image}"));
+    // By the monitor itself, and by the host's kernel.
+    let mut traces = String::new();
+    for vhost in [false, true] {
+        let _settings = Config::set(&format!("[vmm]\npath = \"{monitor}\"\n[network]\nvhost = {vhost}\n[vm]\nmax_vcpus = 4\n"));
+        let strace = trace_next();
+        do_all(&disk);
+        strace.join().unwrap();
+        traces.push_str(&std::fs::read_to_string("/tmp/monitor.trace").unwrap());
+    }
+    shell(&format!("losetup -d {disk}; rm {image} {monitor} /tmp/monitor.*"));
+    let used = calls_by_role(&traces);
+    let mut never = BTreeMap::new();
+    for list in shell("/share/jail-probe lists").lines() {
+        let (role, calls) = list.split_once(' ').unwrap();
+        // Who starts a thread may do what that may do: filters add up.
+        let roles = [role, if role == "control" { "disk" } else { "" }, if role == "spare" { "vcpu" } else { "" }, "any"];
+        let of_role = SELDOM.iter().filter(|(of, ..)| roles.contains(of));
+        let seldom: BTreeSet<i64> = of_role.flat_map(|(_, calls, _)| calls.iter().copied()).collect();
+        let calls: BTreeSet<i64> = calls.split(' ').map(|call| call.parse().unwrap()).collect();
+        let used: BTreeSet<i64> = roles.iter().filter_map(|role| used.get(*role)).flatten().copied().collect();
+        let unused: Vec<i64> = calls.difference(&used).filter(|call| !seldom.contains(call)).copied().collect();
+        never.insert(role.to_owned(), unused);
+    }
+    assert!(never.values().all(Vec::is_empty), "allowed and never used: {never:?}");
+}
+
+/// The system calls of each role's threads once their filter is in place, out of strace's lines: `PID [NUMBER] CALL(...) = ...`.
+/// What a thread does before it has its own it does behind that of who started it.
+fn calls_by_role(traces: &str) -> BTreeMap<String, BTreeSet<i64>> {
+    let mut used = BTreeMap::<String, BTreeSet<i64>>::new();
+    let mut threads = BTreeMap::<String, (String, bool)>::new();
+    for line in traces.lines() {
+        let mut words = line.split(|char: char| char.is_whitespace() || "[]".contains(char)).filter(|word| !word.is_empty());
+        let (Some(thread), Some(Ok(call))) = (words.next(), words.next().map(str::parse::<i64>)) else { continue };
+        let (name, filtered) = threads.entry(thread.to_owned()).or_insert_with(|| ("control".into(), false));
+        if let Some(new) = line.split("PR_SET_NAME, \"").nth(1).and_then(|rest| rest.split('"').next()) {
+            *name = match new {
+                "devices" => "devices".into(),
+                "vcpu0" => "vcpu".into(),
+                new if new.starts_with("vcpu") => "spare".into(),
+                new if new.starts_with("disk") => "disk".into(),
+                new => new.into(),
+            };
+        }
+        let role = match (name.as_str(), *filtered) {
+            (role, true) => Some(role),
+            ("disk", false) => Some("control"),
+            ("spare", false) => Some("spare"),
+            _ => None,
+        };
+        if let Some(role) = role {
+            used.entry(role.to_owned()).or_default().insert(call);
+        }
+        *filtered |= line.contains("SECCOMP_SET_MODE_FILTER");
+    }
+    used
+}
+
+/// Has a pod use all that its monitor has.
+fn do_all(disk: &str) {
+    let mut pod = cri::Pod::start(|_| ());
+    let device = Device { container_path: "/dev/disk".into(), host_path: disk.into(), permissions: "rwm".into() };
+    let first = pod.run("first", cri::SLEEP, |config| config.devices = vec![device]);
+    pod.output(&first, "dd if=/dev/disk of=/dev/null bs=64k; dd if=/dev/zero of=/dev/disk bs=64k count=64 conv=fsync");
+    pod.output(&first, "blkdiscard /dev/disk 2> /dev/null; ping -c 3 10.88.0.1; head -c 300000 /dev/zero | tr '\\0' x; :");
+    let limits = LinuxContainerResources { memory_limit_in_bytes: 1 << 30, cpu_quota: 300_000, cpu_period: 100_000, ..Default::default() };
+    let second = pod.run("second", cri::SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits));
+    pod.output(&second, "head -c 20000000 /dev/zero | tail | wc -c; nproc");
+    pod.remove(&second);
+    pod.remove(&first);
 }
 
 fn a_pod_that_does_its_worst_keeps_its_bounds_and_can_be_killed() {

@@ -2,12 +2,17 @@
 //! `WHERE: ATTEMPT: OUTCOME`. A node test reads that; nothing installs this program.
 //!
 //! `jail-probe ID PID`: the user that the monitor would be, and a process outside of the jail.
+//!
+//! `jail-probe cost ID`: what the jail costs instead, for a benchmark, as lines of a name and a number.
+//!
+//! `jail-probe lists`: the numbers of the system calls that each role may make.
 #![expect(unsafe_code, reason = "system calls as somebody makes them who has taken the monitor over")]
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{SocketAddr, UnixListener};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use caisson_host::jail::{Jail, Side};
@@ -40,16 +45,6 @@ const ATTEMPTS: &[Attempt] = &[
     }),
 ];
 
-type Role = (&'static str, fn() -> std::result::Result<(), SeccompError>);
-
-const ROLES: &[Role] = &[
-    ("vcpu", filters::vcpu),
-    ("devices", filters::io),
-    ("disk", filters::disk),
-    ("control", filters::control),
-    ("spare", filters::spare_vcpu),
-];
-
 /// System calls with arguments that no role may make.
 const CALLS: &[(&str, libc::c_long, [libc::c_long; 3])] = &[
     ("open", libc::SYS_openat, [-100, 0, 0]),
@@ -76,6 +71,11 @@ const CALLS: &[(&str, libc::c_long, [libc::c_long; 3])] = &[
 ];
 
 fn main() -> Result<()> {
+    match std::env::args().nth(1).as_deref() {
+        Some("lists") => return lists(),
+        Some("cost") => return cost(std::env::args().nth(2).context("the user's id is missing")?.parse()?),
+        _ => {}
+    }
     let mut arguments = std::env::args().skip(1).filter_map(|word| word.parse().ok());
     let (id, outside) = (arguments.next().context("the user's id is missing")?, arguments.next().context("the process is missing")?);
     let inside = match (Jail::Empty { id }).unshare()? {
@@ -92,9 +92,9 @@ fn main() -> Result<()> {
         let outcome = attempt(Pid::from_raw(outside.cast_signed()));
         println!("jail: {name}: {}", outcome.map_or_else(|error| format!("refused, {error}"), |()| "DONE".into()));
     }
-    for (role, install) in ROLES {
+    for (role, install, _) in filters::ROLES {
         for (name, call, arguments) in CALLS {
-            println!("{role}: {name}: {}", filtered(*install, *call, arguments)?);
+            println!("{role}: {name}: {}", filtered(install, *call, arguments)?);
         }
     }
     Ok(())
@@ -103,6 +103,46 @@ fn main() -> Result<()> {
 fn listen_abstract() -> Result<UnixListener> {
     use std::os::linux::net::SocketAddrExt;
     Ok(UnixListener::bind_addr(&SocketAddr::from_abstract_name("caisson-jail-probe")?)?)
+}
+
+fn lists() -> Result<()> {
+    for (role, _, lists) in filters::ROLES {
+        println!("{role} {}", filters::calls(lists).iter().map(i64::to_string).collect::<Vec<_>>().join(" "));
+    }
+    Ok(())
+}
+
+/// System calls that are timed.
+const CALLS_TIMED: u32 = 200_000;
+
+/// Prints how long it takes to enter the jail, and what a system call takes without a filter and behind the longest one.
+fn cost(id: u32) -> Result<()> {
+    let file = File::open("/dev/zero")?;
+    let timed = |name: &str| {
+        let begin = Instant::now();
+        for _ in 0..CALLS_TIMED {
+            let mut byte = [0];
+            let _ = (&file).read(&mut byte);
+        }
+        println!("{name} {}", begin.elapsed().as_nanos() / u128::from(CALLS_TIMED));
+    };
+    timed("jail-call.free");
+    // SAFETY: there is one thread.
+    if let ForkResult::Parent { child } = unsafe { fork() }? {
+        waitpid(child, None)?;
+        let begin = Instant::now();
+        return match (Jail::Empty { id }).unshare()? {
+            Side::Outside(child) => Ok(waitpid(child, None).map(drop)?),
+            Side::Inside(inside) => {
+                inside.enter()?;
+                println!("jail-enter {}", begin.elapsed().as_micros());
+                Ok(())
+            }
+        };
+    }
+    filters::control()?;
+    timed("jail-call.filtered");
+    Ok(())
 }
 
 /// What becomes of a process that makes a system call behind a filter.

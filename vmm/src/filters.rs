@@ -1,5 +1,7 @@
 //! What each thread of the VMM may ask of the kernel once it is set up.
 
+use std::collections::BTreeSet;
+
 use caisson_host::seccomp::Allow::{Call, CallWith};
 use caisson_host::seccomp::{Allow, SeccompError, install};
 
@@ -18,7 +20,6 @@ const RUNTIME: &[Allow] = &[
     CallWith(libc::SYS_mprotect, 2, &[0, 1, 3]),
     Call(libc::SYS_mremap),
     Call(libc::SYS_munmap),
-    Call(libc::SYS_read),
     Call(libc::SYS_restart_syscall),
     Call(libc::SYS_rt_sigprocmask),
     Call(libc::SYS_rt_sigreturn),
@@ -34,8 +35,7 @@ const CONTROL: &[Allow] =
     &[Call(libc::SYS_eventfd2), CallWith(libc::SYS_ioctl, 1, &[0x4020_ae46, 0x4020_ae76, 0x4040_ae79]), Call(libc::SYS_recvmsg)];
 
 /// `KVM_RUN`, and the vhost-user conversation of a device's activation.
-const VCPU: &[Allow] =
-    &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]), Call(libc::SYS_recvmsg)];
+const VCPU: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64])];
 
 /// What makes a vCPU: `KVM_CREATE_VCPU`, `KVM_SET_CPUID2`, `KVM_SET_MSRS`, `KVM_GET_LAPIC`, `KVM_SET_LAPIC`.
 const SPARE: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x8400_ae8e, 0x4400_ae8f])];
@@ -56,6 +56,7 @@ const DISK: &[Allow] = &[
     CallWith(libc::SYS_fcntl, 1, &[libc::F_GETFD as u64]),
     Call(libc::SYS_poll),
     Call(libc::SYS_preadv),
+    Call(libc::SYS_read),
     Call(libc::SYS_pwritev),
     Call(libc::SYS_fdatasync),
     Call(libc::SYS_fallocate),
@@ -65,6 +66,7 @@ const DISK: &[Allow] = &[
 const IO: &[Allow] = &[
     Call(libc::SYS_epoll_ctl),
     Call(libc::SYS_epoll_wait),
+    Call(libc::SYS_read),
     // TUNSETOFFLOAD, TUNSETQUEUE; an interface's hand-over to vhost-net: owner, features (both ways), memory, a queue's
     // size, addresses, base, notification, interrupt, and its tap.
     CallWith(
@@ -86,11 +88,7 @@ const IO: &[Allow] = &[
         ],
     ),
     CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_GETFD as u64]),
-    Call(libc::SYS_readv),
-    Call(libc::SYS_recvfrom),
-    Call(libc::SYS_sendto),
     Call(libc::SYS_shutdown),
-    Call(libc::SYS_writev),
 ];
 
 /// Has every thread allocate from the process's one heap, to be called before any is started: the C
@@ -108,6 +106,26 @@ const DISK_LISTS: &[&[Allow]] = &[RUNTIME, DISK];
 const VCPU_LISTS: &[&[Allow]] = &[RUNTIME, VCPU];
 const SPARE_LISTS: &[&[Allow]] = &[RUNTIME, VCPU, SPARE, THREADS];
 const IO_LISTS: &[&[Allow]] = &[RUNTIME, IO];
+
+/// A role: its name, what restricts a thread to it, the lists of what that may ask.
+pub type Role = (&'static str, fn() -> Result<(), SeccompError>, &'static [&'static [Allow]]);
+
+/// All of them.
+pub const ROLES: [Role; 5] = [
+    ("control", control, CONTROL_LISTS),
+    ("devices", io, IO_LISTS),
+    ("disk", disk, DISK_LISTS),
+    ("vcpu", vcpu, VCPU_LISTS),
+    ("spare", spare_vcpu, SPARE_LISTS),
+];
+
+/// The numbers of the system calls in lists.
+pub fn calls(lists: &[&[Allow]]) -> BTreeSet<i64> {
+    let number = |allow: &Allow| match allow {
+        Call(number) | CallWith(number, ..) => *number,
+    };
+    lists.iter().copied().flatten().map(number).collect()
+}
 
 /// Restricts the main thread, which receives requests and starts the threads of disks.
 pub fn control() -> Result<(), SeccompError> {
@@ -136,7 +154,6 @@ pub fn io() -> Result<(), SeccompError> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::process::{Command, Stdio};
     use std::sync::Arc;
 
@@ -200,29 +217,19 @@ mod tests {
 
     #[test]
     fn lists_are_short() {
-        let most = ROLES.iter().map(|(_, lists)| calls(lists).len()).max();
+        let most = ROLES.iter().map(|(.., lists)| calls(lists).len()).max();
         assert!(calls(VCPU_LISTS).len() <= 30 && most <= Some(45), "{} {most:?}", calls(VCPU_LISTS).len());
     }
 
-    type Role = (fn() -> Result<(), SeccompError>, &'static [&'static [Allow]]);
-    const ROLES: [Role; 5] =
-        [(control, CONTROL_LISTS), (super::disk, DISK_LISTS), (vcpu, VCPU_LISTS), (spare_vcpu, SPARE_LISTS), (io, IO_LISTS)];
     /// Beyond the last system call that Linux has.
     const END: i64 = 512;
     /// uretprobe and uprobe, which Linux keeps from filters, and which end whoever is no trampoline of theirs.
     const PROBES: [i64; 2] = [335, 336];
 
-    fn calls(lists: &[&[Allow]]) -> BTreeSet<i64> {
-        let number = |allow: &Allow| match allow {
-            Call(number) | CallWith(number, ..) => *number,
-        };
-        lists.iter().copied().flatten().map(number).collect()
-    }
-
     #[test]
     #[expect(unsafe_code, reason = "system calls that no role may make")]
     fn every_call_that_is_not_listed_ends_the_process() {
-        for (role, (install, lists)) in ROLES.into_iter().enumerate() {
+        for (role, install, lists) in ROLES {
             let listed = calls(lists);
             for call in (0..END).filter(|call| !listed.contains(call) && !PROBES.contains(call)) {
                 // SAFETY: the child makes the filter's system calls, one more, and ends.

@@ -22,6 +22,9 @@ const UNITS: &[(&str, &str)] = &[
     ("phase", "ms"),
     ("cri-", "ms"),
     ("memory", "KiB"),
+    ("jail-enter", "µs"),
+    ("jail-call", "ns"),
+    ("neighbour", "ms"),
     ("size", "KiB"),
     ("rate-", "KiB/s"),
     ("requests-", "1/s"),
@@ -33,6 +36,8 @@ const UNITS: &[(&str, &str)] = &[
 const RATIOS: &[(&str, &str, &str)] = &[
     ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),
     ("ctr run true / runc", "run.caisson", "run.runc"),
+    ("a system call behind the monitor's longest filter / behind none", "jail-call.filtered", "jail-call.free"),
+    ("a neighbour's exec beside a pod that does its worst / beside none", "neighbour.attacked", "neighbour.quiet"),
     ("CRI: pod with one container to Running / runc", "cri-pod.caisson", "cri-pod.runc"),
     ("CRI: second container of a pod to Running / runc", "cri-second.caisson", "cri-second.runc"),
     ("CRI: exec of true / runc", "cri-exec.caisson", "cri-exec.runc"),

@@ -52,7 +52,7 @@ fn a_monitor_that_was_taken_over_harms_nobody_else() {
     std::fs::copy("/proc/self/exe", program).unwrap();
     for (attack, ends) in peers::MONITORS {
         std::fs::write(peers::ATTACK, attack).unwrap();
-        let _settings = Config::set(&format!("[vmm]\npath = \"{program}\"\n[timeouts]\nboot_ms = 8000\n"));
+        let _settings = Config::set(&format!("[vmm]\npath = \"{program}\"\n[timeouts]\nboot_ms = 5000\n"));
         let (said, memory) = watched(attack, || run_pod(&[], &["true"]).stderr);
         assert!(ends.iter().any(|end| said.contains(end)), "{attack}: {said}");
         assert!(memory < MOST_MEMORY, "{attack}: {memory} KiB");
@@ -70,7 +70,7 @@ const AGENTS: &[(&str, &[&str])] = &[
     ("answers that are none", &["the connection to the guest's agent broke", "did not answer"]),
     ("another version", &["the agent in the initramfs is version 9 [2J xxx"]),
     ("long words", &["one line [2J of many xxx"]),
-    ("a flood", &["the guest's agent did not answer within 8000 ms", "the connection to the guest's agent broke"]),
+    ("a flood", &["the guest's agent did not answer within 5000 ms", "the connection to the guest's agent broke"]),
     ("lies", &[""]),
 ];
 
@@ -80,7 +80,7 @@ fn an_agent_that_lies_harms_nobody_else() {
     for (attack, ends) in AGENTS {
         let _settings = Config::set(&format!(
             "[image]\ninitramfs = \"/share/hostile-initramfs\"\n[kernel]\nargs = 'hostile=\"{attack}\"'\n\
-             [timeouts]\nboot_ms = 12000\nagent_ms = 8000\nhealth_interval_ms = 2000\ndrain_ms = 2000\n"
+             [timeouts]\nboot_ms = 8000\nagent_ms = 5000\nhealth_interval_ms = 2000\ndrain_ms = 2000\n"
         ));
         let (output, memory) = watched(attack, || run_pod(&[], &["true"]));
         assert!(output.code != 0 && ends.iter().any(|end| output.stderr.contains(end)), "{attack}: {output:?}");

@@ -17,7 +17,7 @@ pub const ATTACK: &str = "/tmp/hostile-attack";
 /// The name under which this program is the monitor.
 pub const MONITOR: &str = "hostile-monitor";
 
-const LATE: &str = "the guest was not ready within 8000 ms";
+const LATE: &str = "the guest was not ready within 5000 ms";
 const NONSENSE: &str = "the virtual machine monitor spoke nonsense";
 
 /// Attacks by their names, and what the caller of the pod may read of each.

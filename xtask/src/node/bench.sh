@@ -64,6 +64,30 @@ done
 for file in /usr/bin/containerd-shim-caisson-v2 /usr/bin/caisson /usr/libexec/caisson/caisson-vmm /usr/libexec/caisson/caisson-fs /usr/share/caisson/vmlinux /usr/share/caisson/initramfs; do
 	note "size.$(basename $file)" $(($(stat -c %s $file) / 1024))
 done
+# What the jail costs: its entering, and a system call behind its longest filter beside one behind none.
+for n in $(seq 1 "$1"); do
+	/share/jail-probe cost 1500000000 >/tmp/jail || exit 1
+	while read -r name value; do note "$name" "$value"; done </tmp/jail
+done
+# A neighbour's answer while nothing else happens, and while another pod does its worst.
+ctr run --detach --runtime io.containerd.caisson.v2 $image bench-neighbour sleep 100000 || exit 1
+answers() {
+	for m in $(seq 1 "$2"); do
+		begin=$(now)
+		ctr task exec --exec-id "a$1$m" bench-neighbour true || exit 1
+		note "neighbour.$1" "$(ms "$begin" "$(now)")"
+	done
+}
+answers quiet $(($1 * 2))
+ctr run --detach --runtime io.containerd.caisson.v2 --cpu-period 100000 --cpu-quota 50000 --memory-limit 67108864 $image bench-worst sh -c \
+	'yes >/dev/null & b() { b | b & }; b; while :; do mkdir -p /tmp/a/b; mv /tmp/a /tmp/d; rm -r /tmp/d; done' || exit 1
+sleep 5
+answers attacked $(($1 * 2))
+for name in worst neighbour; do
+	ctr task kill -s SIGKILL "bench-$name"
+	sleep 2
+	ctr task delete "bench-$name" 2>/dev/null
+done
 # Last, as it takes long: what it fails to measure takes nothing from the rest.
 /share/node-tests bench "$1" >/tmp/cri
 code=$?
