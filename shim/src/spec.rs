@@ -156,8 +156,9 @@ impl Spec {
     /// specification does not say.
     pub fn shm_bytes(&self) -> u64 {
         let mounts = self.0["mounts"].as_array().into_iter().flatten();
-        let source = mounts.filter(|mount| self.is_pod_shm(mount)).find_map(|mount| mount["source"].as_str());
-        let size = source.and_then(|source| nix::sys::statvfs::statvfs(source).ok());
+        // containerd 1.6 has one in a sandbox's specification that is of no folder, before the pod's.
+        let sources = mounts.filter(|mount| self.is_pod_shm(mount)).filter_map(|mount| mount["source"].as_str());
+        let size = sources.filter(|source| source.starts_with('/')).find_map(|source| nix::sys::statvfs::statvfs(source).ok());
         size.map_or(0, |size| size.blocks() * size.fragment_size())
     }
 
@@ -462,7 +463,7 @@ mod tests {
             "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/sandboxes/p/shm", "options": ["rbind"]}],
         }));
         let (guest, binds) = for_guest(&spec, HostNamespaces::Pod).unwrap();
-        assert_eq!((&guest["mounts"][0]["source"], binds.len()), (&json!("/dev/shm"), 0));
+        assert_eq!((&guest["mounts"][0]["source"], binds.len(), spec.shm_bytes()), (&json!("/dev/shm"), 0, 0));
     }
 
     #[test]

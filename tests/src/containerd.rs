@@ -51,29 +51,29 @@ impl Drop for Containerd {
     }
 }
 
-/// A containerd 2 of its own, whose CRI has a handler with `sandboxer = "shim"`.
-pub struct Containerd2;
+/// A containerd beside the node's own with its CRI; that of containerd 2 has a handler with `sandboxer = "shim"`. One at a time.
+pub struct CriContainerd;
 
-impl Containerd2 {
+impl CriContainerd {
     /// Of its gRPC services.
     pub const SOCKET: &str = "/tmp/c2s/sock";
 
-    /// Starts it, with the node's configuration.
-    pub fn start() -> Self {
-        let script = "set -e; mkdir -p /tmp/c2s; mount -t tmpfs t /tmp/c2s; bin=/opt/containerd/2/bin; cd /tmp/c2s; \
+    /// Starts one of a version, with the node's configuration.
+    pub fn start(version: &str) -> Self {
+        let script = "set -e; mkdir -p /tmp/c2s; mount -t tmpfs t /tmp/c2s; cd /tmp/c2s; \
             (echo 'root = \"/tmp/c2s/root\"'; echo 'state = \"/tmp/c2s/state\"'; cat /etc/containerd/config.toml; \
             printf '[grpc]\\n  address = \"/tmp/c2s/sock\"\\n') > config.toml; \
             PATH=$bin:$PATH setsid $bin/containerd --config config.toml > log 2>&1 & \
-            cd /tmp/c2s; ctr=\"/opt/containerd/2/bin/ctr -a /tmp/c2s/sock -n k8s.io\"; \
+            cd /tmp/c2s; ctr=\"$bin/ctr -a /tmp/c2s/sock -n k8s.io\"; \
             n=0; until $ctr version > /dev/null 2>&1; do sleep 0.2; n=$((n+1)); [ $n -lt 300 ]; done; \
             $ctr images import /usr/lib/node/busybox.tar > /dev/null";
-        let started = run("bash", &["-c", script]);
-        assert_eq!(started.code, 0, "{started:?}");
+        let started = run("bash", &["-c", &format!("bin=/opt/containerd/{version}/bin; {script}")]);
+        assert_eq!(started.code, 0, "containerd {version}: {started:?}");
         Self
     }
 }
 
-impl Drop for Containerd2 {
+impl Drop for CriContainerd {
     fn drop(&mut self) {
         run("bash", &["-c", "pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s"]);
     }

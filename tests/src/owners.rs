@@ -1,7 +1,7 @@
 //! Who owns a pod's files on the host: with ids of its own nobody who is anybody there.
 
 use crate::Test;
-use crate::containerd::Containerd2;
+use crate::containerd::CriContainerd;
 use crate::cri;
 use crate::ctr::{Pod, ctr, ctr_ok, id, run_pod, shell};
 use crate::faults::Config;
@@ -123,10 +123,10 @@ fn root_of_two_tenants_is_two_strangers_on_the_host() {
 
 fn a_kubernetes_pod_has_the_ids_that_the_configuration_says() {
     let _config = Config::set("[fs]\nid_base = 400000\nmapped_volumes = [\"/data\"]\n");
-    let _containerd = Containerd2::start();
+    let _containerd = CriContainerd::start("2");
     for handler in ["caisson", "caisson-sandboxer"] {
         let folder = Folder::make("mapped");
-        let mut pod = cri::Pod::start_with(Containerd2::SOCKET, handler, |_| ()).unwrap();
+        let mut pod = cri::Pod::start_with(CriContainerd::SOCKET, handler, |_| ()).unwrap();
         let volume = k8s_cri::v1::Mount { container_path: "/data".into(), host_path: folder.0.clone(), ..Default::default() };
         let container = pod.run("mapped", cri::SLEEP, |config| config.mounts = vec![volume]);
         let script = "cat /etc/hosts /etc/resolv.conf > /dev/null && touch /made /data/made && stat -c %u /made /etc/hosts /data/made";

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{
-    ContainerConfig, ContainerState, ExecSyncRequest, IdMapping, LinuxContainerResources, Mount, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, ReopenContainerLogRequest, StartContainerRequest,
-    StopPodSandboxRequest, UserNamespace,
+    ContainerConfig, ContainerState, ContainerStatsRequest, ExecSyncRequest, IdMapping, LinuxContainerResources, Mount, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, ReopenContainerLogRequest,
+    StartContainerRequest, StopPodSandboxRequest, UserNamespace,
 };
 
 use crate::Test;
-use crate::containerd::Containerd2;
+use crate::containerd::CriContainerd;
 use crate::cri::{Pod, SLEEP, security};
 use crate::ctr::{self, id, run, shell};
 use crate::faults::{Config, Replaced};
@@ -27,6 +27,7 @@ pub const TESTS: &[Test] = &[
 
 pub const ALONE: &[Test] = &[
     ("the_shim_makes_a_pods_sandbox_for_containerd_2", the_shim_makes_a_pods_sandbox_for_containerd_2),
+    ("pods_of_older_containerds_are_the_same", pods_of_older_containerds_are_the_same),
     ("root_of_a_pod_with_users_of_its_own_is_nobody_outside", root_of_a_pod_with_users_of_its_own_is_nobody_outside),
     ("systemd_makes_the_scope_that_its_driver_asks_for", systemd_makes_the_scope_that_its_driver_asks_for),
 ];
@@ -72,9 +73,9 @@ fn limits_on_what_only_the_host_has_are_passed_over() {
 }
 
 fn the_shim_makes_a_pods_sandbox_for_containerd_2() {
-    let _containerd = Containerd2::start();
+    let _containerd = CriContainerd::start("2");
     let before = Inventory::take();
-    let start = |change: fn(&mut PodSandboxConfig)| Pod::start_with(Containerd2::SOCKET, "caisson-sandboxer", change).unwrap();
+    let start = |change: fn(&mut PodSandboxConfig)| Pod::start_with(CriContainerd::SOCKET, "caisson-sandboxer", change).unwrap();
     {
         let mut pod = start(|config| {
             let dns = config.dns_config.get_or_insert_default();
@@ -129,9 +130,38 @@ fn the_shim_makes_a_pods_sandbox_for_containerd_2() {
     assert_nothing_left(&before);
 }
 
+fn pods_of_older_containerds_are_the_same() {
+    for version in ["1.6", "1.7"] {
+        let _containerd = CriContainerd::start(version);
+        let before = Inventory::take();
+        {
+            let mut pod = Pod::start_with(CriContainerd::SOCKET, "caisson", |_| ()).unwrap();
+            let limits = LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..LinuxContainerResources::default() };
+            let one = pod.run("one", SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits));
+            let two = pod.run("two", "echo said; exit 7", |_| ());
+            assert_eq!(pod.output(&one, "hostname; df -k /dev/shm | tail -n 1 | awk '{print $2}'"), "the-pod\n65536", "{version}");
+            assert_eq!(
+                pod.output(&one, "cat /sys/fs/cgroup/memory.max; ip addr show dev eth0 | grep -c 'inet '"),
+                "67108864\n1",
+                "{version}"
+            );
+            assert_eq!(pod.wait_for_exit(&two), 7, "{version}");
+            let log = std::fs::read_to_string(format!("{}/two.log", pod.config.log_directory)).unwrap();
+            assert!(log.ends_with(" stdout F said\n"), "{version}: {log}");
+            let error = pod.exec_within(&one, "sleep 1000", 2).unwrap_err();
+            assert!(error.message().contains("timeout"), "{version}: {error:?}");
+            let request = ContainerStatsRequest { container_id: one.clone() };
+            let stats = pod.cri.call(|client| client.container_stats(request)).unwrap().stats.unwrap();
+            assert!(stats.memory.is_some_and(|memory| memory.working_set_bytes.unwrap().value > 0), "{version}");
+            pod.remove(&two);
+        }
+        assert_nothing_left(&before);
+    }
+}
+
 fn root_of_a_pod_with_users_of_its_own_is_nobody_outside() {
     const FIRST: u32 = 131_072;
-    let _containerd = Containerd2::start();
+    let _containerd = CriContainerd::start("2");
     let folder = format!("/tmp/c2s/{}", id("volume"));
     shell(&format!("mkdir -p {folder} && chown 0:0 {folder} && echo before > {folder}/old && chmod 0600 {folder}/old"));
     for handler in ["caisson", "caisson-sandboxer"] {
@@ -139,7 +169,7 @@ fn root_of_a_pod_with_users_of_its_own_is_nobody_outside() {
         let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: map(), gids: map() };
         let namespaces =
             NamespaceOption { pid: NamespaceMode::Container.into(), userns_options: Some(users), ..NamespaceOption::default() };
-        let mut pod = Pod::start_with(Containerd2::SOCKET, handler, |config| {
+        let mut pod = Pod::start_with(CriContainerd::SOCKET, handler, |config| {
             config.linux.as_mut().unwrap().security_context.as_mut().unwrap().namespace_options = Some(namespaces.clone());
         })
         .unwrap();
