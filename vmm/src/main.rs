@@ -96,20 +96,17 @@ fn boot_files(config: &BootConfig, fds: Vec<OwnedFd>) -> Result<BootFiles> {
 
 /// What a network interface is attached by, of the descriptors that came with it.
 fn wire(nic: Nic, fds: Vec<OwnedFd>) -> Result<Attached> {
-    let expected = match nic.wire {
-        NicWire::Tap | NicWire::Stream => 1,
+    let mut files = fds.into_iter().map(File::from);
+    let mut next = || files.next().context("a network interface came with too few descriptors");
+    Ok(match nic.wire {
+        NicWire::Tap => Attached::Served(Wire::Tap(next()?), nic.limit),
+        NicWire::Stream => Attached::Served(Wire::Stream(Stream::new(next()?)), nic.limit),
         NicWire::Kernel { pairs } => {
             ensure!((1..=NIC_PAIRS).contains(&pairs), "{pairs} pairs of queues: allowed is 1 to {NIC_PAIRS}");
-            2 * pairs as usize
+            let mut of_each = || (0..pairs).map(|_| next()).collect::<Result<Vec<File>>>();
+            let (taps, servers) = (of_each()?, of_each()?);
+            Attached::Kernel(taps.into_iter().zip(servers).collect())
         }
-    };
-    ensure!(fds.len() == expected, "a network interface came with {} descriptors instead of {expected}", fds.len());
-    let mut files: Vec<File> = fds.into_iter().map(File::from).collect();
-    let servers = files.split_off(expected.div_ceil(2));
-    Ok(match (nic.wire, files.pop()) {
-        (NicWire::Tap, Some(tap)) => Attached::Served(Wire::Tap(tap), nic.limit),
-        (NicWire::Stream, Some(socket)) => Attached::Served(Wire::Stream(Stream::new(socket)), nic.limit),
-        (_, last) => Attached::Kernel(files.into_iter().chain(last).zip(servers).collect()),
     })
 }
 

@@ -10,6 +10,7 @@
 //!   ^------------- detached <---------------'- reset by the driver
 //! ```
 
+pub mod control;
 pub mod kernel;
 pub mod wire;
 
