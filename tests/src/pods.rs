@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{
-    ContainerConfig, ContainerState, ContainerStatsRequest, ExecSyncRequest, IdMapping, LinuxContainerResources, Mount, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest, ReopenContainerLogRequest,
-    StartContainerRequest, StopPodSandboxRequest, UserNamespace,
+    ContainerConfig, ContainerState, ContainerStatsRequest, ExecSyncRequest, IdMapping, Int64Value, LinuxContainerResources, Mount,
+    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest,
+    ReopenContainerLogRequest, StartContainerRequest, StopPodSandboxRequest, SupplementalGroupsPolicy, UserNamespace,
 };
 
 use crate::Test;
@@ -22,6 +22,7 @@ pub const TESTS: &[Test] = &[
     ("a_log_that_is_rotated_goes_on_in_a_new_file", a_log_that_is_rotated_goes_on_in_a_new_file),
     ("a_container_out_of_memory_is_said_to_be", a_container_out_of_memory_is_said_to_be),
     ("a_missing_program_fails_a_containers_start", a_missing_program_fails_a_containers_start),
+    ("sysctls_groups_and_ranks_for_want_of_memory_are_as_asked", sysctls_groups_and_ranks_for_want_of_memory_are_as_asked),
     ("limits_on_what_only_the_host_has_are_passed_over", limits_on_what_only_the_host_has_are_passed_over),
 ];
 
@@ -56,6 +57,28 @@ fn a_missing_program_fails_a_containers_start() {
     let error = pod.cri.call(|client| client.exec_sync(exec)).unwrap_err();
     assert!(error.message().contains("exec /no/such/program: No such file"), "{error:?}");
     assert!(begin.elapsed() < Duration::from_secs(20));
+}
+
+fn sysctls_groups_and_ranks_for_want_of_memory_are_as_asked() {
+    let mut pod = Pod::start(|config| {
+        let sysctls = &mut config.linux.as_mut().unwrap().sysctls;
+        sysctls.insert("kernel.msgmax".into(), "9999".into());
+        sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "555".into());
+    });
+    // The image has root in a group besides: that counts, or only what was asked for does.
+    for (policy, groups) in [(SupplementalGroupsPolicy::Merge, "0 10 3456"), (SupplementalGroupsPolicy::Strict, "0 3456")] {
+        let container = pod.run(policy.as_str_name(), SLEEP, |config| {
+            config.linux.as_mut().unwrap().resources.as_mut().unwrap().oom_score_adj = 321;
+            let context = security(config);
+            context.run_as_user = Some(Int64Value { value: 0 });
+            context.supplemental_groups = vec![3456];
+            context.supplemental_groups_policy = policy.into();
+        });
+        assert_eq!(pod.output(&container, "id -G"), groups);
+        assert_eq!(pod.output(&container, "cat /proc/1/oom_score_adj /proc/self/oom_score_adj | uniq"), "321");
+        let sysctls = "cat /proc/sys/kernel/msgmax /proc/sys/net/ipv4/ip_unprivileged_port_start";
+        assert_eq!(pod.output(&container, sysctls), "9999\n555");
+    }
 }
 
 fn limits_on_what_only_the_host_has_are_passed_over() {

@@ -2,13 +2,14 @@
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, ctr_ok, id, run_pod, shell};
-use crate::host::eventually;
+use crate::host::{self, eventually};
 
 pub const TESTS: &[Test] = &[
     ("exit_codes_come_back", exit_codes_come_back),
     ("a_missing_program_is_named_and_exits_127", a_missing_program_is_named_and_exits_127),
     ("environment_folder_user_and_groups_are_the_specs", environment_folder_user_and_groups_are_the_specs),
     ("capabilities_are_the_specs", capabilities_are_the_specs),
+    ("an_ambient_capability_is_there_for_who_is_not_root", an_ambient_capability_is_there_for_who_is_not_root),
     ("a_read_only_root_cannot_be_written", a_read_only_root_cannot_be_written),
     ("a_bind_mount_is_seen_both_ways", a_bind_mount_is_seen_both_ways),
     ("device_rules_are_enforced", device_rules_are_enforced),
@@ -17,6 +18,7 @@ pub const TESTS: &[Test] = &[
     ("many_execs_at_once_each_have_their_own", many_execs_at_once_each_have_their_own),
     ("a_program_starts_with_no_signal_blocked", a_program_starts_with_no_signal_blocked),
     ("kill_all_reaches_every_process", kill_all_reaches_every_process),
+    ("what_cannot_be_done_is_said", what_cannot_be_done_is_said),
     ("pause_stops_and_resume_continues", pause_stops_and_resume_continues),
     ("annotations_size_the_machine", annotations_size_the_machine),
     ("what_a_container_writes_is_in_the_snapshot", what_a_container_writes_is_in_the_snapshot),
@@ -54,6 +56,20 @@ fn capabilities_are_the_specs() {
     );
     assert!(sets(&["--cap-drop", "CAP_CHOWN"]).contains("00000000a80425fa"));
     assert!(sets(&["--cap-add", "CAP_SYS_TIME"]).contains("00000000aa0425fb"));
+}
+
+fn an_ambient_capability_is_there_for_who_is_not_root() {
+    // No option of ctr's asks for it.
+    let (folder, name) = (format!("/tmp/{}", id("ambient")), id("ambient"));
+    let sets = r#"(.bounding, .permitted, .effective, .inheritable, .ambient) = ["CAP_NET_ADMIN"]"#;
+    let change = format!(
+        r#".root.path = "{folder}" | .process.user = {{"uid": 1000, "gid": 1000}} | .process.capabilities |= ({sets})
+        | .process.args = ["/bin/busybox", "grep", "-E", "^Cap(Eff|Amb)", "/proc/self/status"]"#
+    );
+    shell(&format!("mkdir -p {folder}/bin && cp /usr/bin/busybox {folder}/bin/ && ctr oci spec | jq '{change}' > {folder}.json"));
+    let output = ctr(&["run", "--rm", "--runtime", RUNTIME, "--config", &format!("{folder}.json"), &name]);
+    shell(&format!("rm -r {folder} {folder}.json"));
+    assert_eq!(output.stdout, "CapEff:\t0000000000001000\nCapAmb:\t0000000000001000\n", "{output:?}");
 }
 
 fn a_read_only_root_cannot_be_written() {
@@ -144,6 +160,13 @@ fn kill_all_reaches_every_process() {
     ctr_ok(&["task", "kill", "--all", "--signal", "SIGKILL", &pod.id]);
     pod.wait_for("STOPPED");
     assert_eq!(pod.delete(), 137);
+}
+
+fn what_cannot_be_done_is_said() {
+    let pod = Pod::start("unable", &["--apparmor-profile", "the-profile"], "sleep 1000");
+    let checkpoint = ctr(&["task", "checkpoint", &pod.id]);
+    assert!(checkpoint.stderr.contains("checkpointing a container is not implemented"), "{checkpoint:?}");
+    assert!(host::shim_log().contains("the guest cannot honour the AppArmor profile"), "{}", host::shim_log());
 }
 
 fn pause_stops_and_resume_continues() {
