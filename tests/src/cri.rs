@@ -1,6 +1,5 @@
 //! Pods through containerd's CRI, as kubelet makes them.
 
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
@@ -356,12 +355,12 @@ fn container_limits_are_set_changed_and_reported() {
         cpu_quota: quota,
         cpu_shares: 512,
         memory_limit_in_bytes: memory,
-        unified: HashMap::from([("pids.max".to_owned(), "77".to_owned())]),
+        unified: [("pids.max", "77"), ("io.weight", "default 50")].map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
         ..LinuxContainerResources::default()
     };
     let container = pod.run("limited", SLEEP, |config| config.linux.as_mut().unwrap().resources = Some(limits(64 << 20, 50_000)));
-    let read = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight pids.max";
-    assert_eq!(pod.output(&container, read), format!("{}\n50000 100000\n20\n77", 64 << 20));
+    let read = "cd /sys/fs/cgroup; cat memory.max cpu.max cpu.weight pids.max io.weight";
+    assert_eq!(pod.output(&container, read), format!("{}\n50000 100000\n20\n77\ndefault 50", 64 << 20));
     let request = UpdateContainerResourcesRequest {
         container_id: container.clone(),
         linux: Some(limits(96 << 20, 70_000)),
