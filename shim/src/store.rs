@@ -33,12 +33,14 @@ impl Store {
         let run_dir = real(run_dir);
         let dir = records::pod_dir(&run_dir, &record.namespace, &record.pod);
         // What is mounted in it shows files without the folders that keep others of the host from them.
-        let make = || {
-            std::fs::create_dir_all(run_dir.join(&record.namespace))?;
-            DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-            std::fs::create_dir_all(dir.join("share"))
+        let make = || match DirBuilder::new().mode(0o700).create(&dir) {
+            // Another try has left it.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            made => made,
         };
-        make().with_context(|| format!("create the pod's folder {}", dir.display()))?;
+        within(&run_dir.join(&record.namespace), make)
+            .and_then(|()| std::fs::create_dir_all(dir.join("share")))
+            .with_context(|| format!("create the pod's folder {}", dir.display()))?;
         write(&dir, &record)?;
         Ok(Self { run_dir, dir, record: Mutex::new(record) })
     }
@@ -104,7 +106,7 @@ impl Store {
             let uid = base + (first + offset) % count;
             // On record first: releasing an id that was not taken by us is prevented by the file's content.
             let path = uids.join(uid.to_string());
-            match create_in(&uids, &path) {
+            match within(&uids, || std::fs::OpenOptions::new().write(true).create_new(true).open(&path)) {
                 Ok(mut file) => {
                     let owner = self.dir.to_string_lossy().into_owned();
                     std::io::Write::write_all(&mut file, owner.as_bytes()).with_context(|| format!("write {}", path.display()))?;
@@ -122,12 +124,12 @@ impl Store {
 /// How often a folder may go between that it is made and that something is put into it.
 const TRIES: usize = 100;
 
-/// Makes a new file in a folder, which another pod may remove with its last file at any time.
-fn create_in(folder: &Path, path: &Path) -> std::io::Result<std::fs::File> {
+/// Makes something in a folder, which another pod may remove with the last that is in it at any time.
+fn within<T>(folder: &Path, make: impl Fn() -> std::io::Result<T>) -> std::io::Result<T> {
     let mut outcome = Err(ErrorKind::NotFound.into());
     for _ in 0..TRIES {
         std::fs::create_dir_all(folder)?;
-        outcome = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
+        outcome = make();
         if !matches!(&outcome, Err(error) if error.kind() == ErrorKind::NotFound) {
             break;
         }
