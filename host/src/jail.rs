@@ -4,7 +4,7 @@
 //! started by the shim (root, one thread, control socket at fd 3)
 //!   └─ unshare: mount, pid, net, ipc, uts, cgroup (and user) namespaces
 //!        └─ fork: the child is pid 1 of its namespace; the parent reports its id and ends
-//!             └─ pivot into an empty or given root, change user, drop capabilities, no_new_privs
+//!             └─ pivot into an empty or given root, change user, drop capabilities, no_new_privs; Landlock
 //! ```
 //!
 //! The child is adopted by the shim, which is a child subreaper. Seccomp comes last and by thread:

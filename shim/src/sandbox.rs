@@ -385,10 +385,10 @@ pub async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Re
     let Some(place) = spec.cgroups_path().and_then(Place::parse) else { return Ok(()) };
     store.change(|record| record.cgroup = Some(place.path.clone()))?;
     match place.join(pids).await {
-        // Who is not root has cgroups only where they were delegated.
+        // Who is not root has cgroups only where they were delegated. What was made of this one stays on record, to go with the pod.
         Err(error) if users::are_few() => {
             log::warn!("the pod is not in a cgroup of its own: {error:#}");
-            store.change(|record| record.cgroup = None)
+            Ok(())
         }
         joined => joined,
     }

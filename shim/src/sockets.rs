@@ -9,11 +9,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use caisson_protocol::agent::HostSocket;
 use caisson_protocol::guest::{SOCKETS_DIR, shared_mount};
+use log::Level;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
@@ -36,6 +38,8 @@ struct Socket {
     path: PathBuf,
     name: String,
     meta: Metadata,
+    /// Whether the log says that it could not be reached: a container may try as often as it likes.
+    failed: AtomicBool,
 }
 
 /// Those of a container.
@@ -65,7 +69,7 @@ impl Sockets {
             for mount in spec["mounts"].as_array_mut().into_iter().flatten().filter(|mount| mount["source"] == shared) {
                 mount["source"] = json!(format!("{SOCKETS_DIR}/{container}/{}", bind.name));
             }
-            sockets.push(Socket { file, path: bind.source, name: bind.name, meta });
+            sockets.push(Socket { file, path: bind.source, name: bind.name, meta, failed: AtomicBool::new(false) });
         }
         Ok(Self(sockets))
     }
@@ -99,7 +103,8 @@ async fn serve(socket: Arc<Socket>, sandbox: Arc<Sandbox>, container: String) {
         let (socket, sandbox) = (Arc::clone(&socket), Arc::clone(&sandbox));
         tokio::spawn(async move {
             if let Err(error) = carry(&socket, &sandbox, connection).await {
-                log::warn!("carry a connection to {}: {error:#}", socket.path.display());
+                let level = if socket.failed.swap(true, Ordering::AcqRel) { Level::Debug } else { Level::Warn };
+                log::log!(level, "carry a connection to {}: {error:#}", socket.path.display());
             }
             drop(permit);
         });

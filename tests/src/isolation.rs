@@ -141,7 +141,12 @@ fn what_a_monitor_may_ask_of_the_kernel_is_what_it_asks() {
     for list in shell("/share/jail-probe lists").lines() {
         let (role, calls) = list.split_once(' ').unwrap();
         // Who starts a thread may do what that may do: filters add up.
-        let roles = [role, if role == "control" { "disk" } else { "" }, if role == "spare" { "vcpu" } else { "" }, "any"];
+        let started = match role {
+            "control" => "disk",
+            "spare" => "vcpu",
+            role => role,
+        };
+        let roles = [role, started, "any"];
         let of_role = SELDOM.iter().filter(|(of, ..)| roles.contains(of));
         let seldom: BTreeSet<i64> = of_role.flat_map(|(_, calls, _)| calls.iter().copied()).collect();
         let calls: BTreeSet<i64> = calls.split(' ').map(|call| call.parse().unwrap()).collect();
@@ -162,13 +167,13 @@ fn calls_by_role(traces: &str) -> BTreeMap<String, BTreeSet<i64>> {
         let (Some(thread), Some(Ok(call))) = (words.next(), words.next().map(str::parse::<i64>)) else { continue };
         let (name, filtered) = threads.entry(thread.to_owned()).or_insert_with(|| ("control".into(), false));
         if let Some(new) = line.split("PR_SET_NAME, \"").nth(1).and_then(|rest| rest.split('"').next()) {
-            *name = match new {
-                "devices" => "devices".into(),
-                "vcpu0" => "vcpu".into(),
-                new if new.starts_with("vcpu") => "spare".into(),
-                new if new.starts_with("disk") => "disk".into(),
-                new => new.into(),
+            let role = match new {
+                "vcpu0" => "vcpu",
+                new if new.starts_with("vcpu") => "spare",
+                new if new.starts_with("disk") => "disk",
+                new => new,
             };
+            role.clone_into(name);
         }
         let role = match (name.as_str(), *filtered) {
             (role, true) => Some(role),

@@ -90,10 +90,14 @@ async fn carry(sandbox: &Sandbox, connection: TcpStream) -> Result<()> {
     let target = connection.local_addr().context("ask where it goes to")?;
     let connection = OwnedFd::from(connection.into_std().context("hand it over")?);
     let ours = connection.try_clone().context("keep it")?;
-    let carried = sandbox.carry(connection, |port| sandbox.agent.forward(target, port)).await;
-    if carried.is_err() {
-        // Nobody listens: the caller is to see a reset, not an answer that happens to be empty.
-        let _ = setsockopt(&ours, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
-    }
-    Ok(carried?)
+    // What is ours of it is gone once the guest has it.
+    let take = |port| async move {
+        let taken = sandbox.agent.forward(target, port).await;
+        if taken.is_err() {
+            // Nobody listens: the caller is to see a reset, not an answer that happens to be empty.
+            let _ = setsockopt(&ours, Linger, &libc::linger { l_onoff: 1, l_linger: 0 });
+        }
+        taken
+    };
+    Ok(sandbox.carry(connection, take).await?)
 }

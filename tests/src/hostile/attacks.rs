@@ -123,7 +123,6 @@ fn offer(program: &mut Program, number: u64, heads: &[u64], count: u64) {
 fn every_register(program: &mut Program) {
     for value in [0, 1, 0xf, 0x8000_0000, 0xffff_ffff] {
         for device in 0..DEVICES {
-            // Not a notification of a queue that there is: that is another attack.
             for offset in (0..0x140).step_by(4) {
                 program.write32(register(device, offset), value);
             }
