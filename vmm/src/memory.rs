@@ -190,7 +190,7 @@ fn collapse(memory: &GuestMemory, from: u64, to: u64) {
 /// guest memory is passed over.
 pub fn discard(memory: &GuestMemory, from: GuestAddress, length: u64) {
     let Some(end) = from.0.checked_add(length).map(|end| end / PAGE * PAGE) else { return };
-    let start = from.0.next_multiple_of(PAGE);
+    let Some(start) = from.0.checked_next_multiple_of(PAGE) else { return };
     let Some(length) = end.checked_sub(start).filter(|length| *length > 0) else { return };
     let Ok(slice) = memory.get_slice(GuestAddress(start), length as usize) else { return };
     // SAFETY: the slice is guest memory, which stays mapped, and whose content is the guest's to lose.
@@ -234,6 +234,21 @@ mod tests {
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 20 << 20).unwrap();
         assert_eq!(byte, [42]);
+    }
+
+    #[test]
+    fn only_what_is_memory_is_given_back() {
+        let file = none();
+        file.set_len(64 << 20).unwrap();
+        let memory = map(file.try_clone().unwrap(), none(), Layout::new(64, 0)).unwrap();
+        memory.write_slice(&[1; 4 * PAGE as usize], GuestAddress(0)).unwrap();
+        for (from, length) in [(u64::MAX, 0), (u64::MAX - 7, 7), (u64::MAX, 8), (64 << 20, PAGE), ((64 << 20) - PAGE, 2 * PAGE), (1, PAGE)]
+        {
+            discard(&memory, GuestAddress(from), length);
+        }
+        discard(&memory, GuestAddress(1), 3 * PAGE);
+        let kept = [0, 1, 2, 3].map(|page| memory.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap());
+        assert_eq!(kept, [1, 0, 0, 1]);
     }
 
     #[test]
