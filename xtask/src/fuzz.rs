@@ -41,7 +41,7 @@ pub fn run(args: &FuzzArgs) -> Result<i32> {
     ensure!(!targets.is_empty(), "there is no such target; there are {}", TARGETS.join(", "));
     let mut failed = 0;
     for target in build_targets()?.of(&targets) {
-        if let Err(error) = target.run(args.seconds).and_then(|()| if args.keep { target.keep() } else { Ok(()) }) {
+        if let Err(error) = target.run(args.seconds, None).and_then(|()| if args.keep { target.keep() } else { Ok(()) }) {
             println!("{error:#}");
             failed += 1;
         }
@@ -85,11 +85,11 @@ pub struct Target {
 }
 
 impl Target {
-    /// Tries all seeds and what becomes of them, for so many seconds.
+    /// Tries all seeds and what becomes of them, for so many seconds, by chance or from a number on.
     ///
     /// # Errors
     /// When an input was found that breaks it: the file that holds it is named.
-    pub fn run(&self, seconds: u32) -> Result<()> {
+    pub fn run(&self, seconds: u32, chance: Option<u32>) -> Result<()> {
         let (sh, work) = (Shell::new()?, self.work());
         for folder in ["corpus", "share", "found"] {
             sh.create_dir(work.join(folder))?;
@@ -97,6 +97,7 @@ impl Target {
         let (corpus, seeds, log) = (work.join("corpus"), self.seeds()?, work.join("log"));
         let limits = [
             format!("-max_total_time={seconds}"),
+            format!("-seed={}", chance.unwrap_or(0)),
             format!("-timeout={INPUT_SECONDS}"),
             format!("-rss_limit_mb={MEMORY_MIB}"),
             format!("-max_len={MAX_BYTES}"),

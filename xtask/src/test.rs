@@ -10,26 +10,46 @@ use xshell::{Shell, cmd};
 use crate::node::{self, NodeArgs};
 use crate::{build, fuzz, interrupt, progress};
 
-/// Passed and failed.
-#[derive(Default, Clone, Copy)]
+/// Passed and failed, and what was said where one failed.
+#[derive(Default)]
 struct Tally {
     passed: u64,
     failed: u64,
+    said: Vec<String>,
+}
+
+impl Tally {
+    /// One that failed.
+    fn fail(&mut self, said: String) {
+        self.failed += 1;
+        self.said.push(said);
+    }
+
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.said.extend(other.said);
+    }
 }
 
 /// Runs the tests whose name contains `filter`, all without one; returns the exit code.
 pub fn run(filter: Option<&str>) -> Result<i32> {
     build::all()?;
-    let unit = unit_tests(filter)?;
-    let fuzzed = fuzz_targets(filter)?;
-    let node = node_tests(filter)?;
-    let (passed, failed) = (unit.passed + fuzzed.passed + node.passed, unit.failed + fuzzed.failed + node.failed);
-    println!("{passed} passed, {failed} failed");
-    Ok(i32::from(failed > 0))
+    let mut all = unit_tests(filter)?;
+    all.add(fuzz_targets(filter)?);
+    all.add(node_tests(filter)?);
+    // Again at the end, where a reader of a long log looks.
+    for said in &all.said {
+        println!("\nfailed: {said}");
+    }
+    println!("{} passed, {} failed", all.passed, all.failed);
+    Ok(i32::from(all.failed > 0))
 }
 
-/// For each fuzz target; `cargo xtask fuzz` runs them for longer.
+/// For each fuzz target, and the number that its inputs are drawn from: two runs of a tree try much the same.
+/// `cargo xtask fuzz` runs them for longer and goes other ways each time.
 const FUZZ_SECONDS: u32 = 5;
+const FUZZ_CHANCE: u32 = 1;
 
 /// The fuzz targets, from their seeds on for a short while; each counts as a test, `fuzz_` and its name.
 fn fuzz_targets(filter: Option<&str>) -> Result<Tally> {
@@ -40,11 +60,11 @@ fn fuzz_targets(filter: Option<&str>) -> Result<Tally> {
         return Ok(tally);
     }
     for target in fuzz::build_targets()?.of(&targets) {
-        match target.run(FUZZ_SECONDS) {
+        match target.run(FUZZ_SECONDS, Some(FUZZ_CHANCE)) {
             Ok(()) => tally.passed += 1,
             Err(error) => {
                 println!("{error:#}");
-                tally.failed += 1;
+                tally.fail(format!("{error:#}"));
             }
         }
     }
@@ -60,20 +80,24 @@ fn unit_tests(filter: Option<&str>) -> Result<Tally> {
         command.args(["--", filter]);
     }
     let mut child = command.stdout(Stdio::piped()).spawn().context("run cargo test")?;
-    let mut tally = Tally::default();
+    let (mut tally, mut failures) = (Tally::default(), Vec::new());
     for line in BufReader::new(child.stdout.take().context("read cargo's output")?).lines() {
         let line = line?;
         if let Some(counts) = line.strip_prefix("test result: ") {
             tally.passed += count(counts, " passed");
             tally.failed += counts.split("; ").find(|part| part.ends_with(" failed")).map_or(0, |part| count(part, " failed"));
-        } else {
-            println!("{line}");
+            tally.said.extend((!failures.is_empty()).then(|| std::mem::take(&mut failures).join("\n")));
+            continue;
+        }
+        println!("{line}");
+        if line == "failures:" || !failures.is_empty() {
+            failures.push(line);
         }
     }
     let status = child.wait()?;
     // A test program that does not build or crashes has no summary line.
     if !status.success() && tally.failed == 0 {
-        tally.failed = 1;
+        tally.fail(format!("cargo test ended with {status}"));
     }
     println!("unit and property tests: {} passed, {} failed", tally.passed, tally.failed);
     Ok(tally)
@@ -111,16 +135,18 @@ fn node_tests(filter: Option<&str>) -> Result<Tally> {
         command.extend(done.iter().flat_map(|name| ["--skip".to_owned(), name.clone()]));
         let ended = node::run(&NodeArgs::usual(share.path(), command));
         let output = std::fs::read_to_string(share.path().join("output")).unwrap_or_default();
-        let results = results(&output);
-        tally.passed += results.iter().filter(|(_, passed)| *passed).count() as u64;
-        tally.failed += results.iter().filter(|(_, passed)| !*passed).count() as u64;
-        done.extend(results.into_iter().map(|(name, _)| name));
+        for (name, failed) in results(&output) {
+            match failed {
+                None => tally.passed += 1,
+                Some(said) => tally.fail(format!("{name}: {said}")),
+            }
+            done.push(name);
+        }
         match ended {
             Ok(0) => break,
             Ok(_) if tally.failed > 0 => break,
             Ok(code) => {
-                println!("node tests: the test program ended with code {code}");
-                tally.failed += 1;
+                tally.fail(format!("node tests: the test program ended with code {code}"));
                 break;
             }
             // The node itself went down, which its emulated processor does once in a while. The
@@ -140,20 +166,22 @@ const NODE_ATTEMPTS: u32 = 4;
 /// Runs the tests' program; what it prints is kept outside of the node as it comes.
 const NODE_SCRIPT: &str = "/share/node-tests \"$@\" > >(tee /share/output) 2>&1; code=$?; sleep 0.2; exit $code";
 
-/// The tests that a run finished, with their results. What a test prints itself stands between its
+/// The tests that a run finished, those that failed with what they said. What a test prints itself stands between its
 /// name and its result.
-fn results(output: &str) -> Vec<(String, bool)> {
+fn results(output: &str) -> Vec<(String, Option<String>)> {
     let mut results = Vec::new();
-    let mut running = None;
+    let mut running: Option<(String, Vec<&str>)> = None;
     for line in output.lines() {
         let mut rest = line;
         if let Some((name, after)) = line.strip_prefix("test ").and_then(|line| line.split_once(" ... ")) {
-            (running, rest) = (Some(name.trim().to_owned()), after);
+            running = Some((name.trim().to_owned(), Vec::new()));
+            rest = after;
         }
-        if matches!(rest.trim(), "ok" | "FAILED")
-            && let Some(name) = running.take()
-        {
-            results.push((name, rest.trim() == "ok"));
+        let Some((_, said)) = &mut running else { continue };
+        if !matches!(rest.trim(), "ok" | "FAILED") {
+            said.push(rest);
+        } else if let Some((name, said)) = running.take() {
+            results.push((name, (rest.trim() == "FAILED").then(|| said.join("\n"))));
         }
     }
     results
@@ -166,8 +194,8 @@ mod tests {
     #[test]
     fn finished_tests_are_found_in_the_output_of_a_run_that_broke_off() {
         let output = "running 4 tests\ntest a_works      ... ok\ntest b_works ... thread panicked\nat x\nFAILED\ntest c_works ... noise\nok\ntest d_wor";
-        let expected = [("a_works", true), ("b_works", false), ("c_works", true)];
-        assert_eq!(results(output), expected.map(|(name, passed)| (name.to_owned(), passed)));
+        let expected = [("a_works", None), ("b_works", Some("thread panicked\nat x")), ("c_works", None)];
+        assert_eq!(results(output), expected.map(|(name, said)| (name.to_owned(), said.map(str::to_owned))));
     }
 
     #[test]
