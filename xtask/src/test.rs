@@ -37,7 +37,12 @@ pub fn run(filter: Option<&str>) -> Result<i32> {
     build::all()?;
     let mut all = unit_tests(filter)?;
     all.add(fuzz_targets(filter)?);
-    all.add(node_tests(filter)?);
+    let share = tempfile::tempdir()?;
+    build_node_tests(share.path())?;
+    all.add(node_tests(share.path(), false, filter)?);
+    if filter.is_none_or(|filter| filter.starts_with(CGROUP_V1)) {
+        all.add(node_tests(share.path(), true, filter)?);
+    }
     // Again at the end, where a reader of a long log looks.
     for said in &all.said {
         println!("\nfailed: {said}");
@@ -123,18 +128,19 @@ pub fn build_node_tests(share: &Path) -> Result<()> {
     Ok(sh.copy_file("target/debug/node-tests", share.join("node-tests"))?)
 }
 
+/// What the names of the tests begin with that have a node of their own, with cgroup v1.
+const CGROUP_V1: &str = "cgroup_v1";
+
 /// The node tests' program, run in a node.
-fn node_tests(filter: Option<&str>) -> Result<Tally> {
-    let share = tempfile::tempdir()?;
-    build_node_tests(share.path())?;
+fn node_tests(share: &Path, cgroup_v1: bool, filter: Option<&str>) -> Result<Tally> {
     let mut tally = Tally::default();
     let mut done: Vec<String> = Vec::new();
     for attempt in 1.. {
         let mut command: Vec<String> = ["bash", "-c", NODE_SCRIPT, "node-tests"].map(str::to_owned).to_vec();
         command.extend(filter.map(str::to_owned));
         command.extend(done.iter().flat_map(|name| ["--skip".to_owned(), name.clone()]));
-        let ended = node::run(&NodeArgs::usual(share.path(), command));
-        let output = std::fs::read_to_string(share.path().join("output")).unwrap_or_default();
+        let ended = node::run(&NodeArgs { cgroup_v1, ..NodeArgs::usual(share, command) });
+        let output = std::fs::read_to_string(share.join("output")).unwrap_or_default();
         for (name, failed) in results(&output) {
             match failed {
                 None => tally.passed += 1,

@@ -27,10 +27,19 @@ mount -t tracefs tracefs /sys/kernel/tracing
 ln -sf /proc/self/fd /dev/fd
 mkdir -p /run/lock
 mount --make-rshared /
-mount -t cgroup2 cgroup /sys/fs/cgroup
-mkdir /sys/fs/cgroup/init
-echo $$ >/sys/fs/cgroup/init/cgroup.procs
-for c in $(cat /sys/fs/cgroup/cgroup.controllers); do echo +$c >/sys/fs/cgroup/cgroup.subtree_control; done
+if grep -q node.cgroup=v1 /proc/cmdline; then
+	# As systemd mounts them: a hierarchy for each controller or pair, and a link for each of a pair. Debian 13 has none of cpuset and memory.
+	mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
+	for c in blkio cpu,cpuacct devices freezer hugetlb pids; do
+		mkdir /sys/fs/cgroup/$c && mount -t cgroup -o $c cgroup /sys/fs/cgroup/$c || fail "mount the cgroups of $c"
+	done
+	ln -s cpu,cpuacct /sys/fs/cgroup/cpu && ln -s cpu,cpuacct /sys/fs/cgroup/cpuacct
+else
+	mount -t cgroup2 cgroup /sys/fs/cgroup
+	mkdir /sys/fs/cgroup/init
+	echo $$ >/sys/fs/cgroup/init/cgroup.procs
+	for c in $(cat /sys/fs/cgroup/cgroup.controllers); do echo +$c >/sys/fs/cgroup/cgroup.subtree_control; done
+fi
 hostname node
 ip link set lo up
 for m in virtio_console kvm-amd kvm-intel tun vhost_net vhost_vsock loop overlay br_netfilter veth bridge; do modprobe -q $m; done

@@ -50,6 +50,9 @@ pub struct NodeArgs {
     /// Run on the instruction clock: slower, but repeatable to about 2 %
     #[arg(long, conflicts_with = "host")]
     pub counted: bool,
+    /// With the hierarchies of cgroup v1 instead of v2's
+    #[arg(long, conflicts_with = "host")]
+    pub cgroup_v1: bool,
     /// Run on this machine instead of in a virtual machine
     #[arg(long)]
     pub host: bool,
@@ -67,6 +70,7 @@ impl NodeArgs {
             memory: DEFAULT_MEMORY_MIB,
             cpus: DEFAULT_CPUS,
             counted: false,
+            cgroup_v1: false,
             host: false,
             command,
         }
@@ -103,15 +107,16 @@ pub fn run(args: &NodeArgs) -> Result<i32> {
     if args.host {
         return run_on_host(&image, work.path(), &share);
     }
-    let machine = Machine { cpus: args.cpus, memory_mib: args.memory, counted: args.counted };
-    let state = if args.counted { None } else { Some(saved_state(&image, &machine)?) };
+    let machine = Machine { cpus: args.cpus, memory_mib: args.memory, counted: args.counted, cgroup_v1: args.cgroup_v1 };
+    // The instruction clock does not go on from a state, and cgroup v1 is not wanted often enough for one.
+    let state = if args.counted || args.cgroup_v1 { None } else { Some(saved_state(&image, &machine)?) };
     let folders = Folders { caisson: &root, node: work.path(), share: &share };
     start_and_run(&image, &machine, state.as_deref(), &folders)
 }
 
 /// Makes the node's image and the saved state of its usual shape.
 pub fn prepare() -> Result<()> {
-    let machine = Machine { cpus: DEFAULT_CPUS, memory_mib: DEFAULT_MEMORY_MIB, counted: false };
+    let machine = Machine { cpus: DEFAULT_CPUS, memory_mib: DEFAULT_MEMORY_MIB, counted: false, cgroup_v1: false };
     saved_state(&node_image()?, &machine).map(drop)
 }
 

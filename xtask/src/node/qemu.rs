@@ -20,6 +20,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Run on the instruction clock.
     pub counted: bool,
+    /// The hierarchies of cgroup v1 instead of v2's.
+    pub cgroup_v1: bool,
 }
 
 /// How a node comes up.
@@ -68,7 +70,9 @@ impl Qemu {
         command.args(["-smp", &cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
         command.arg("-L").arg(tree.join("usr/share/seabios")).arg("-L").arg(tree.join("usr/share/qemu"));
         command.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initramfs());
-        command.args(["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on tsc=reliable clocksource=tsc"]);
+        let cgroups = if machine.cgroup_v1 { "v1" } else { "v2" };
+        let line = format!("console=ttyS0 quiet panic=-1 random.trust_cpu=on tsc=reliable clocksource=tsc node.cgroup={cgroups}");
+        command.args(["-append", &line]);
         command.arg("-drive").arg(format!("file={},if=none,id=root,format=raw,readonly=on,cache=unsafe", image.disk().display()));
         command.args([
             "-device",

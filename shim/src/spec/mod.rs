@@ -2,6 +2,8 @@
 //!
 //! It is handled as JSON, not as a type of ours: what we do not know passes through to the agent.
 
+mod namespaces;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -232,60 +234,9 @@ impl Spec {
         Ok(GuestSpec { spec, binds, memory_volumes: of_memory })
     }
 
-    fn lacks_namespace(&self, kind: &str) -> bool {
-        !self.0["linux"]["namespaces"].as_array().into_iter().flatten().any(|namespace| namespace["type"] == kind)
-    }
-
-    /// Refuses what of the host a machine of its own cannot have.
-    ///
-    /// # Errors
-    /// Which namespaces it asks for, unless it is to have the pod's own instead.
-    pub fn refuse_host_namespaces(&self, container: &str, host: HostNamespaces) -> errors::Result<()> {
-        for (kind, what) in [("network", "network"), ("pid", "process ids"), ("ipc", "IPC")] {
-            if self.lacks_namespace(kind) && host == HostNamespaces::Refuse {
-                return Err(Error::Invalid(format!(
-                    "container {container}: it asks for the host's {what}, which a virtual machine cannot share; set pod.host_namespaces = \"pod\" to give it the pod's own"
-                )));
-            }
-        }
-        Ok(())
-    }
-
     /// Whether it has users of its own, in a user namespace.
     pub fn has_own_users(&self) -> bool {
         self.0["linux"]["uidMappings"].is_array()
-    }
-
-    /// The namespaces of the guest that stand for those of the specification.
-    fn guest_namespaces(&self, container: &str, host: HostNamespaces, siblings: &impl Siblings) -> errors::Result<Vec<Value>> {
-        self.refuse_host_namespaces(container, host)?;
-        let asked = self.0["linux"]["namespaces"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let mut namespaces = Vec::new();
-        for namespace in asked {
-            let kind = namespace["type"].as_str().unwrap_or_default();
-            let path = namespace["path"].as_str().unwrap_or_default();
-            if kind == "network" {
-                // The pod's network is the machine's.
-            } else if path.is_empty() {
-                namespaces.push(namespace.clone());
-            } else if kind == "user" && !matches!(self.kind(), Kind::Member(_)) && self.has_own_users() {
-                // containerd 2 has made one for the pod's network; the guest makes its own, with the same mapping.
-                namespaces.push(json!({"type": kind}));
-            } else {
-                let (pid, file) = process_namespace(path)
-                    .and_then(|(pid, file)| Some((siblings.guest_pid(pid)?, file)))
-                    .ok_or_else(|| Error::Invalid(format!("container {container}: the {kind} namespace {path} is not one of its pod's")))?;
-                namespaces.push(json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")}));
-            }
-        }
-        if self.lacks_namespace("pid") {
-            // Never the agent's.
-            namespaces.push(match siblings.sandbox_pid() {
-                Some(pid) => json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")}),
-                None => json!({"type": "pid"}),
-            });
-        }
-        Ok(namespaces)
     }
 }
 
@@ -305,12 +256,6 @@ fn add_pod_files(spec: &mut Value, files: &[PodFile]) {
     for mount in mounts.iter_mut().filter(|mount| mount["destination"] == SHM_DIR && mount["type"] == "tmpfs") {
         *mount = json!({"destination": SHM_DIR, "type": "bind", "source": SHM_DIR, "options": ["rbind", "rprivate"]});
     }
-}
-
-/// The process and the file of a path `/proc/PID/ns/FILE`.
-fn process_namespace(path: &str) -> Option<(u32, &str)> {
-    let (pid, file) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
-    (!file.contains('/')).then_some((pid.parse().ok()?, file))
 }
 
 /// The bind mount of a host path that a mount entry asks for.
@@ -445,6 +390,19 @@ mod tests {
         let stranger = json!([{"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "network"}, {"type": "ipc"}]);
         let error = for_guest(&spec(json!({"linux": {"namespaces": stranger}})), HostNamespaces::Refuse).unwrap_err();
         assert_eq!(error.to_string(), "container c: the pid namespace /proc/1/ns/pid is not one of its pod's");
+    }
+
+    #[test]
+    fn cgroups_that_are_to_be_looked_at_are_the_containers_own() {
+        let mount = |mode: &str| json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "options": ["nosuid", mode]});
+        let namespaces = |mode: &str, asked: Value| {
+            let spec = spec(json!({"linux": {"namespaces": asked}, "mounts": [mount(mode)]}));
+            for_guest(&spec, HostNamespaces::Pod).unwrap().0["linux"]["namespaces"].clone()
+        };
+        let own = json!([{"type": "pid"}, {"type": "cgroup"}]);
+        assert_eq!(namespaces("ro", json!([{"type": "pid"}])), own);
+        assert_eq!(namespaces("ro", own.clone()), own);
+        assert_eq!(namespaces("rw", json!([{"type": "pid"}])), json!([{"type": "pid"}]));
     }
 
     #[test]
