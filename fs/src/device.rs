@@ -24,7 +24,7 @@ use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::FileSystem;
-use virtiofsd::fuse::{Opcode, OutHeader};
+use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
 use virtiofsd::server::Server;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -199,12 +199,12 @@ fn is_awaited(vrings: &[Vring]) -> Result<bool, String> {
     Ok(awaited)
 }
 
-/// What a request says that it is: its first descriptor holds its header, as drivers have it.
+/// What a request says that it is; nothing when its first descriptor does not hold its header, as drivers have it.
 ///
 /// The header is read from the guest's memory once more when the request is answered; a guest that has changed it by then
 /// has it answered by somebody else than meant, or ends the server.
 fn kind(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> Option<Opcode> {
-    let first = chain.clone().next()?;
+    let first = chain.clone().next().filter(|first| first.len() as usize >= size_of::<InHeader>())?;
     let [_length, opcode] = memory.read_obj::<[u32; 2]>(first.addr()).ok()?;
     Opcode::try_from(opcode).ok()
 }
@@ -214,9 +214,9 @@ fn may_wait(kind: Option<Opcode>) -> bool {
     matches!(kind, Some(Opcode::Fsync | Opcode::Fsyncdir | Opcode::Syncfs | Opcode::Fallocate | Opcode::CopyFileRange))
 }
 
-/// Whether virtiofsd's server panics when a request has no room for as much as an answer's header.
+/// Whether virtiofsd's server may panic when a request has no room for as much as an answer's header.
 fn takes_room_for_granted(kind: Option<Opcode>) -> bool {
-    matches!(kind, Some(Opcode::Read | Opcode::Readdir | Opcode::Readdirplus))
+    matches!(kind, None | Some(Opcode::Read | Opcode::Readdir | Opcode::Readdirplus))
 }
 
 /// Threads for requests that wait.
@@ -433,6 +433,20 @@ mod tests {
         guest.offer(READ);
         // The chain ends with the request.
         guest.write([0_u16, 0], DESCRIPTORS + 12);
+        kick(&device, &guest);
+        assert_eq!(reasons.recv().unwrap(), "a request of the guest has no room for its answer");
+    }
+
+    #[test]
+    fn a_request_whose_header_begins_with_nothing_needs_room_for_its_answer_too() {
+        let (device, _let_go, reasons) = device(Duration::ZERO, 0);
+        let mut guest = Guest::new(&device);
+        guest.offer(GETATTR);
+        guest.write(38_u32, DATA + 4);
+        // The first descriptor is of no bytes, before DESTROY, and the header is in the second, with READDIR.
+        guest.write(0_u32, DESCRIPTORS + 8);
+        guest.write([64_u32, 28], DATA + ROOM / 2);
+        guest.write([0_u16, 0], DESCRIPTORS + 16 + 12);
         kick(&device, &guest);
         assert_eq!(reasons.recv().unwrap(), "a request of the guest has no room for its answer");
     }
