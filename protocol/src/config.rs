@@ -52,6 +52,19 @@ pub enum HostSockets {
     Carry,
 }
 
+/// What the pods of a tenant share on the host. See [`KEYS`] for each of these.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tenant {
+    /// A path, or a slice; empty for none.
+    pub cgroup: String,
+    /// 0 for none.
+    pub memory_mib: u64,
+    /// 0 for none.
+    pub cpus: u32,
+    /// 0 for none.
+    pub processes: u32,
+}
+
 /// The effective configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -105,6 +118,8 @@ pub struct Config {
     pub host_namespaces: HostNamespaces,
     /// The group of the host whose members are the pod's owners; empty for none.
     pub pod_owners: String,
+    /// Whom the pod belongs to.
+    pub tenant: Tenant,
     /// What the guest may cache.
     pub fs_cache: CachePolicy,
     /// Whether the guest collects writes.
@@ -161,6 +176,7 @@ impl Default for Config {
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
             host_namespaces: HostNamespaces::Refuse,
             pod_owners: String::new(),
+            tenant: Tenant::default(),
             fs_cache: CachePolicy::Auto,
             fs_writeback: false,
             fs_sockets: HostSockets::Refuse,

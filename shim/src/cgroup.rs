@@ -9,8 +9,11 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use caisson_protocol::config::Tenant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::store::within;
 
 const MOUNT: &str = "/sys/fs/cgroup";
 /// Hierarchies of cgroup v1 that the pod's processes join: those that count and limit.
@@ -57,6 +60,23 @@ impl Place {
         (clean(&path) && path.parent().is_some()).then(|| Self { path: path.to_string_lossy().into_owned(), scope })
     }
 
+    /// The place of a pod in its tenant's cgroup, or slice.
+    ///
+    /// # Errors
+    /// When the tenant has limits and no cgroup that they could be set on.
+    pub fn of_tenant(tenant: &Tenant, namespace: &str, pod: &str) -> Result<Option<Self>> {
+        let Tenant { cgroup, memory_mib, cpus, processes } = tenant;
+        ensure!(
+            cgroup.starts_with('/') || (*memory_mib, *cpus, *processes) == (0, 0, 0),
+            "tenant.memory_mib, tenant.cpus and tenant.processes need a path as tenant.cgroup, which is {cgroup:?}; the limits of a slice are systemd's to set"
+        );
+        Ok(match cgroup.as_str() {
+            "" => None,
+            path if path.starts_with('/') => Self::parse(&format!("{path}/{namespace}/{pod}")),
+            slice => Self::parse(&format!("{slice}:caisson-{namespace}:{pod}")),
+        })
+    }
+
     /// Makes the cgroup, which may exist, and moves processes into it.
     ///
     /// # Errors
@@ -80,7 +100,7 @@ impl Place {
 
     fn join_directly(&self, pids: &[u32]) -> Result<()> {
         for dir in dirs(&self.path) {
-            std::fs::create_dir_all(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
+            make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
             for pid in pids {
                 std::fs::write(dir.join("cgroup.procs"), pid.to_string())
                     .with_context(|| format!("move process {pid} into cgroup {}", dir.display()))?;
@@ -163,6 +183,45 @@ fn dirs(path: &str) -> Vec<PathBuf> {
     hierarchies().into_iter().map(|root| root.join(path.trim_start_matches('/'))).collect()
 }
 
+/// Makes a cgroup, which may exist, and those above it.
+fn make(dir: &Path) -> std::io::Result<()> {
+    match within(dir.parent().unwrap_or(dir), || std::fs::create_dir(dir)) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// Makes a tenant's cgroup and sets its limits; those of 0 stay what they are.
+///
+/// # Errors
+/// When the host does not have them.
+pub fn limit(tenant: &Tenant) -> Result<()> {
+    // By the controller, its file of cgroup v2 and of v1, and what is written to each. v1 has a period of 100 ms by itself.
+    let (bytes, cpu_us, processes) = (tenant.memory_mib << 20, u64::from(tenant.cpus) * 100_000, u64::from(tenant.processes));
+    let limits = [
+        ("memory", "memory.max", "memory.limit_in_bytes", bytes, bytes.to_string()),
+        ("cpu", "cpu.max", "cpu.cfs_quota_us", cpu_us, format!("{cpu_us} 100000")),
+        ("pids", "pids.max", "pids.max", processes, processes.to_string()),
+    ];
+    let path = tenant.cgroup.trim_start_matches('/');
+    for (controller, file, v1_file, value, text) in limits.into_iter().filter(|limit| limit.3 > 0) {
+        let unified = Path::new(MOUNT).join("cgroup.controllers").exists();
+        let (root, file, text) =
+            if unified { (PathBuf::from(MOUNT), file, text) } else { (Path::new(MOUNT).join(controller), v1_file, value.to_string()) };
+        let dir = root.join(path);
+        make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
+        if unified {
+            // For the tenant's own limits above it, and below for the pods' counters. What cannot be had shows when the limit is set.
+            for above in dir.ancestors().take_while(|above| above.starts_with(&root)).collect::<Vec<_>>().into_iter().rev() {
+                let _ = std::fs::write(above.join("cgroup.subtree_control"), format!("+{controller}"));
+            }
+        }
+        std::fs::write(dir.join(file), &text)
+            .with_context(|| format!("limit the tenant's pods: write {text:?} to {}", dir.join(file).display()))?;
+    }
+    Ok(())
+}
+
 /// Kills what is in the cgroup and removes it, and the folder of containerd's namespace above it
 /// when it was the last in there.
 ///
@@ -219,6 +278,17 @@ mod tests {
             path("kubepods-besteffort-pod1.slice:cri-containerd:ab"),
             "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-ab.scope"
         );
+    }
+
+    #[test]
+    fn a_tenants_pods_are_in_its_cgroup_or_slice() {
+        let place = |cgroup: &str, cpus| Place::of_tenant(&Tenant { cgroup: cgroup.into(), cpus, ..Tenant::default() }, "k8s.io", "web");
+        assert_eq!(place("", 0).unwrap(), None);
+        assert_eq!(place("/hosting/acme", 2).unwrap().unwrap().path, "/hosting/acme/k8s.io/web");
+        assert_eq!(place("hosting-acme.slice", 0).unwrap().unwrap().path, "/hosting.slice/hosting-acme.slice/caisson-k8s.io-web.scope");
+        for cgroup in ["", "acme.slice"] {
+            assert!(place(cgroup, 2).unwrap_err().to_string().contains("need a path as tenant.cgroup"));
+        }
     }
 
     #[test]

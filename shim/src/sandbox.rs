@@ -25,7 +25,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
-use crate::cgroup::Place;
+use crate::cgroup::{self, Place};
 use crate::cri::PodFile;
 use crate::errors;
 use crate::size::{Bounds, Growth};
@@ -207,7 +207,7 @@ impl Boot<'_> {
         .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
         store.add_process("fs", fs.pid)?;
-        count_for_pod(store, self.spec, &[vmm.pid(), fs.pid]).await?;
+        count_for_pod(config, store, self.spec, &[vmm.pid(), fs.pid]).await?;
         let processes = self.begin.elapsed();
 
         self.enter("setting up the virtual machine");
@@ -369,11 +369,11 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
     Ok((listener.into(), client.into()))
 }
 
-/// Has processes count as the pod's: in the cgroup that containerd asks for, and when memory runs out.
+/// Has processes count as the pod's: in its tenant's cgroup or the one that containerd asks for, and when memory runs out.
 ///
 /// # Errors
 /// When they cannot be moved.
-pub async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
+pub async fn count_for_pod(config: &Config, store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
     for pid in pids {
         // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
         let path = format!("/proc/{pid}/oom_score_adj");
@@ -382,9 +382,15 @@ pub async fn count_for_pod(store: &Store, spec: &spec::Spec, pids: &[u32]) -> Re
             std::fs::write(&path, "0").with_context(|| format!("set the OOM score of process {pid}"))?;
         }
     }
-    let Some(place) = spec.cgroups_path().and_then(Place::parse) else { return Ok(()) };
+    let (namespace, pod) = store.read(|record| (record.namespace.clone(), record.pod.clone()));
+    let of_tenant = Place::of_tenant(&config.tenant, &namespace, &pod)?;
+    let Some(place) = of_tenant.or_else(|| spec.cgroups_path().and_then(Place::parse)) else { return Ok(()) };
     store.change(|record| record.cgroup = Some(place.path.clone()))?;
-    match place.join(pids).await {
+    let joined = match cgroup::limit(&config.tenant) {
+        Ok(()) => place.join(pids).await,
+        failed => failed,
+    };
+    match joined {
         // Who is not root has cgroups only where they were delegated. What was made of this one stays on record, to go with the pod.
         Err(error) if users::are_few() => {
             log::warn!("the pod is not in a cgroup of its own: {error:#}");

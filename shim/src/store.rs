@@ -125,7 +125,7 @@ impl Store {
 const TRIES: usize = 100;
 
 /// Makes something in a folder, which another pod may remove with the last that is in it at any time.
-fn within<T>(folder: &Path, make: impl Fn() -> std::io::Result<T>) -> std::io::Result<T> {
+pub fn within<T>(folder: &Path, make: impl Fn() -> std::io::Result<T>) -> std::io::Result<T> {
     let mut outcome = Err(ErrorKind::NotFound.into());
     for _ in 0..TRIES {
         std::fs::create_dir_all(folder)?;

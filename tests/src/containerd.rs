@@ -60,9 +60,15 @@ impl CriContainerd {
 
     /// Starts one of a version, with the node's configuration.
     pub fn start(version: &str) -> Self {
+        Self::start_with(version, "")
+    }
+
+    /// Starts one that has more handlers, as tables of its configuration.
+    pub fn start_with(version: &str, handlers: &str) -> Self {
+        std::fs::write("/tmp/handlers.toml", handlers).unwrap();
         let script = "set -e; mkdir -p /tmp/c2s; mount -t tmpfs t /tmp/c2s; cd /tmp/c2s; \
             (echo 'root = \"/tmp/c2s/root\"'; echo 'state = \"/tmp/c2s/state\"'; cat /etc/containerd/config.toml; \
-            printf '[grpc]\\n  address = \"/tmp/c2s/sock\"\\n') > config.toml; \
+            printf '[grpc]\\n  address = \"/tmp/c2s/sock\"\\n'; cat /tmp/handlers.toml) > config.toml; \
             PATH=$bin:$PATH setsid $bin/containerd --config config.toml > log 2>&1 & \
             cd /tmp/c2s; ctr=\"$bin/ctr -a /tmp/c2s/sock -n k8s.io\"; \
             n=0; until $ctr version > /dev/null 2>&1; do sleep 0.2; n=$((n+1)); [ $n -lt 300 ]; done; \

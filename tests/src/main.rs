@@ -27,6 +27,7 @@ mod resize;
 mod rootless;
 mod sequences;
 mod streaming;
+mod tenants;
 mod tools;
 mod user_network;
 mod volumes;
@@ -65,6 +66,7 @@ const ALONE: &[&[Test]] = &[
     hostile::ALONE,
     faults::ALONE,
     owners::ALONE,
+    tenants::ALONE,
     rootless::ALONE,
     tools::ALONE,
     pods::ALONE,

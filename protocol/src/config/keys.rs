@@ -86,6 +86,13 @@ pub fn quoted(text: impl std::fmt::Display) -> String {
     toml::Value::String(text.to_string()).to_string()
 }
 
+/// A path below the root of the cgroups, or a slice.
+fn is_cgroup(text: &str) -> bool {
+    let part = |part: &str| !matches!(part, "" | "." | "..") && part.chars().all(|c| c.is_ascii_graphic() && c != ':');
+    let path = text.strip_prefix('/').is_some_and(|path| path.split('/').all(part));
+    text.len() <= 256 && (path || (part(text) && !text.contains('/') && text.strip_suffix(".slice").is_some_and(|name| !name.is_empty())))
+}
+
 const PATH_ALLOWED: &str = "an absolute path";
 const TIMEOUT_ALLOWED: &str = "100 to 3600000";
 
@@ -261,6 +268,34 @@ pub const KEYS: &[Key] = &[
         "the name or number of a group; empty for root alone",
         |c, v| c.pod_owners = text(v, |t| t.len() < 64 && t.chars().all(|c| c.is_ascii_graphic()))?,
         |c| quoted(&c.pod_owners)
+    ),
+    key!(
+        "tenant.cgroup",
+        "cgroup of the host that all pods of a tenant are in, instead of the one that containerd asks for",
+        "an absolute path like \"/acme\", or a slice of systemd's like \"acme.slice\"; empty for where containerd asks",
+        |c, v| c.tenant.cgroup = text(v, |t| t.is_empty() || is_cgroup(t))?,
+        |c| quoted(&c.tenant.cgroup)
+    ),
+    key!(
+        "tenant.memory_mib",
+        "MiB of memory that all pods of that cgroup may use together; 0 leaves the limit as it is",
+        "0 to 1073741824",
+        |c, v| c.tenant.memory_mib = integer(&v, 0, 1 << 30)?,
+        |c| c.tenant.memory_mib.to_string()
+    ),
+    key!(
+        "tenant.cpus",
+        "CPUs of the host that they may use together; 0 leaves the limit as it is",
+        "0 to 65536",
+        |c, v| c.tenant.cpus = integer(&v, 0, 65_536)?,
+        |c| c.tenant.cpus.to_string()
+    ),
+    key!(
+        "tenant.processes",
+        "processes and threads of the host that they may have together, some ten a pod; 0 leaves the limit as it is",
+        "0 to 4194304",
+        |c, v| c.tenant.processes = integer(&v, 0, 1 << 22)?,
+        |c| c.tenant.processes.to_string()
     ),
     key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
     key!(

@@ -82,7 +82,7 @@ pub async fn connect(config: &Config, store: &Store, spec: &Spec, sandbox: &Arc<
     drop(theirs);
     let (pid, stderr) = (child.id().context("it has ended")?, child.stderr.take().context("it says nothing")?);
     store.add_process("network", pid)?;
-    count_for_pod(store, spec, &[pid]).await?;
+    count_for_pod(config, store, spec, &[pid]).await?;
     let mut wire = tokio::net::UnixStream::from_std(wire).context("watch a socket")?;
     match tokio::time::timeout(TIMEOUT, answers(&mut wire)).await {
         Ok(Ok(())) => {}
