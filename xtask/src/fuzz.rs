@@ -1,6 +1,6 @@
 //! `cargo xtask fuzz`: the fuzz targets of `fuzz/`, each from its seeds on for a bounded time.
 //!
-//! They are built with libFuzzer and the coverage that guides it, by the stable compiler.
+//! They are built with libFuzzer, the coverage that guides it, and AddressSanitizer, by the stable compiler.
 
 use std::path::PathBuf;
 
@@ -8,12 +8,16 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use xshell::{Shell, cmd};
 
+use crate::coverage::Coverage;
 use crate::{build, packages, progress};
 
 /// As in `fuzz/Cargo.toml`.
 pub const TARGETS: &[&str] = &["devices", "net", "disk", "fuse", "agent", "messages"];
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-/// What cargo-fuzz gives the compiler, without a sanitizer of memory: that needs a nightly one.
+/// The sanitizers need the triple to be named.
+pub const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// AddressSanitizer; not among what a stable compiler promises: with `RUSTC_BOOTSTRAP=1` it has it all the same.
+pub const SANITIZER: &str = "-Zsanitizer=address";
+/// What cargo-fuzz gives the compiler besides.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cllvm-args=-simplifycfg-branch-fold-threshold=0";
@@ -33,18 +37,27 @@ pub struct FuzzArgs {
     /// Put what was found and covers more into the tree's seeds, as few and as short as can be
     #[arg(long)]
     keep: bool,
+    /// Say which of our functions the seeds and what was found reach
+    #[arg(long)]
+    coverage: bool,
 }
 
 /// Runs the targets; returns the exit code.
 pub fn run(args: &FuzzArgs) -> Result<i32> {
     let targets: Vec<&str> = TARGETS.iter().copied().filter(|target| args.target.as_deref().is_none_or(|only| only == *target)).collect();
     ensure!(!targets.is_empty(), "there is no such target; there are {}", TARGETS.join(", "));
-    let mut failed = 0;
+    let (mut failed, mut coverage) = (0, Coverage::default());
     for target in build_targets()?.of(&targets) {
         if let Err(error) = target.run(args.seconds, None).and_then(|()| if args.keep { target.keep() } else { Ok(()) }) {
             println!("{error:#}");
             failed += 1;
         }
+        if args.coverage {
+            target.replay(&mut coverage)?;
+        }
+    }
+    if args.coverage {
+        print!("{coverage}");
     }
     Ok(i32::from(failed > 0))
 }
@@ -54,14 +67,15 @@ pub struct Built(PathBuf);
 
 /// Builds all targets.
 pub fn build_targets() -> Result<Built> {
-    packages::require_installed(&["g++"])?;
+    packages::require_installed(&["g++", "binutils"])?;
     let sh = Shell::new()?;
     let top = build::source_dir()?;
     sh.change_dir(&top);
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let folder = top.join("target/fuzz");
     progress::step("building the fuzz targets", || {
-        let _flags = sh.push_env("RUSTFLAGS", FLAGS);
+        let _flags = sh.push_env("RUSTFLAGS", format!("{SANITIZER} {FLAGS}"));
+        let _sanitizer = sh.push_env("RUSTC_BOOTSTRAP", "1");
         cmd!(sh, "{cargo} build --quiet --package caisson-fuzz --bins --profile fuzz --target {TRIPLE} --target-dir {folder}")
             .quiet()
             .run()
@@ -118,6 +132,19 @@ impl Target {
             bail!("fuzz {}: {why}; {} says more", self.name, log.display());
         }
         println!("fuzz {:<10} {}", self.name, summary(&text));
+        Ok(())
+    }
+
+    /// Runs the seeds and what was found once, and adds which functions that reached.
+    fn replay(&self, coverage: &mut Coverage) -> Result<()> {
+        let (sh, corpus, seeds, program) = (Shell::new()?, self.work().join("corpus"), self.seeds()?, self.program());
+        let output = cmd!(sh, "{program} -runs=0 -print_coverage=1 {corpus} {seeds}")
+            .env("CAISSON_FUZZ_SHARE", self.work().join("share"))
+            .env("ASAN_OPTIONS", "external_symbolizer_path=/usr/bin/addr2line")
+            .quiet()
+            .output()
+            .with_context(|| format!("replay what fuzz {} found", self.name))?;
+        coverage.add(&String::from_utf8_lossy(&output.stderr), &build::source_dir()?);
         Ok(())
     }
 

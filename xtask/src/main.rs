@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod cache;
+mod coverage;
 mod demo;
 mod fuzz;
 mod install;
@@ -10,6 +11,7 @@ mod interrupt;
 mod node;
 mod packages;
 mod progress;
+mod sanitize;
 mod test;
 mod tidy;
 
@@ -48,6 +50,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Feed the parsers of hostile bytes with what breaks them, if anything does
     Fuzz(fuzz::FuzzArgs),
+    /// Run the unit tests of all crates with unsafe code under AddressSanitizer
+    Sanitize,
     /// Check the house rules
     Tidy,
     /// Install Caisson below a root folder
@@ -88,6 +92,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Bench(args) => bench::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Sanitize => sanitize::run(),
         Command::Tidy => tidy::run(),
         Command::Install { root } => {
             install::into(&build::all()?, &root)?;
