@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::guest::MEMORY_DEVICE;
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 const DEVICES: &str = "/sys/bus/platform/devices";
 /// For the kernel to take memory into use; for it to give memory back, which it need not manage; for the
 /// device to be there; and between two looks.
@@ -14,6 +15,15 @@ const MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
 const SHRINK_TIMEOUT: Duration = Duration::from_secs(3);
 const SHOW_TIMEOUT: Duration = Duration::from_secs(5);
 const INTERVAL: Duration = Duration::from_millis(2);
+
+/// Makes the kernel forget files that nobody uses (Linux `Documentation/admin-guide/sysctl/vm.rst`, `drop_caches`).
+///
+/// # Errors
+/// Those of the kernel.
+pub fn forget_files() -> Result<()> {
+    // 4 keeps it from saying each time that somebody asked.
+    ["4", "2"].into_iter().try_for_each(|word| std::fs::write(DROP_CACHES, word)).with_context(|| format!("write {DROP_CACHES}"))
+}
 
 /// Makes the kernel look at a device again, by its number, where it found nothing before. The host
 /// shows it in a moment.

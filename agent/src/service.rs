@@ -21,7 +21,7 @@ use crate::boot::{self, uptime_us};
 use crate::cgroup::Cgroup;
 use crate::containers::{Containers, Error, blocking};
 use crate::disks::Disks;
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::network::{self, Network};
 use crate::{kernel_log, processes, volumes};
 
@@ -141,6 +141,10 @@ impl Agent for AgentService {
     async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> Result<WaitOomResponse> {
         let oom_kills = answer(self.containers.wait_oom(&request.container, request.known).await)?;
         Ok(WaitOomResponse { oom_kills, ..WaitOomResponse::default() })
+    }
+
+    async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        done(blocking(machine::forget_files).await.map_err(Error::Failed))
     }
 
     async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> Result<Empty> {

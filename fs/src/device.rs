@@ -29,6 +29,8 @@ use virtiofsd::server::Server;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::descriptors::Descriptors;
+
 /// Requests of high priority (forget, interrupt), and others.
 const QUEUES: usize = 2;
 const LARGEST_QUEUE: usize = 1024;
@@ -53,6 +55,7 @@ pub struct Device<F: FileSystem + Send + Sync + 'static> {
     memory: RwLock<Option<Memory>>,
     poll: Duration,
     workers: Workers,
+    descriptors: Arc<Descriptors>,
 }
 
 /// What workers need as well.
@@ -63,11 +66,17 @@ struct Shared<F: FileSystem + Sync> {
 
 impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     /// A device that looks for another request for at most so long after the last one, and has so many workers for requests
-    /// that wait for disks. `fail` ends the process, for the reason that it is given.
-    pub fn new(fs: F, poll: Duration, workers: usize, fail: impl Fn(String) + Send + Sync + 'static) -> Self {
+    /// that wait: for disks, or for descriptors. `fail` ends the process, for the reason that it is given.
+    pub fn new(
+        fs: F,
+        poll: Duration,
+        workers: usize,
+        descriptors: Arc<Descriptors>,
+        fail: impl Fn(String) + Send + Sync + 'static,
+    ) -> Self {
         let fail: Fail = Arc::new(fail);
         let workers = Workers { count: workers, fail: Arc::clone(&fail), jobs: OnceLock::new() };
-        Self { shared: Arc::new(Shared { server: Server::new(fs), fail }), memory: RwLock::default(), poll, workers }
+        Self { shared: Arc::new(Shared { server: Server::new(fs), fail }), memory: RwLock::default(), poll, workers, descriptors }
     }
 
     /// Serves the queues until nothing has come for a while, and the guest knows that it has to wake us.
@@ -100,7 +109,14 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
             served += 1;
             let (shared, vring, memory) = (Arc::clone(&self.shared), vring.clone(), memory.clone());
             let kind = kind(&memory.memory(), &chain);
-            if may_wait(kind) {
+            if self.workers.count > 0 && takes_descriptor(kind) && self.descriptors.are_short() {
+                // What the guest forgets is heard of here meanwhile.
+                let descriptors = Arc::clone(&self.descriptors);
+                self.workers.give(Box::new(move || {
+                    descriptors.wait();
+                    shared.answer_or_fail(&memory, &vring, chain, kind);
+                }));
+            } else if may_wait(kind) {
                 self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain, kind)));
             } else {
                 shared.answer(&memory, &vring, chain, kind)?;
@@ -212,6 +228,12 @@ fn kind(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> Option<Opcode> {
 /// Whether a request waits for disks by its nature, so that others would wait for it.
 fn may_wait(kind: Option<Opcode>) -> bool {
     matches!(kind, Some(Opcode::Fsync | Opcode::Fsyncdir | Opcode::Syncfs | Opcode::Fallocate | Opcode::CopyFileRange))
+}
+
+/// Whether a request has us open a file, or may have.
+fn takes_descriptor(kind: Option<Opcode>) -> bool {
+    use Opcode::{Create, Lookup, Mkdir, Mknod, Open, Opendir, Readdirplus, Symlink};
+    matches!(kind, Some(Create | Lookup | Mkdir | Mknod | Open | Opendir | Readdirplus | Symlink))
 }
 
 /// Whether virtiofsd's server may panic when a request has no room for as much as an answer's header.
@@ -368,7 +390,9 @@ mod tests {
         let (sender, let_go) = channel();
         let (reason, reasons) = channel();
         let fail = move |why| reason.send(why).unwrap();
-        (Device::new(Slow { answers_in, let_go: Mutex::new(let_go) }, Duration::from_secs(1), workers, fail), sender, reasons)
+        let descriptors = Arc::new(Descriptors::new(1000, || ()));
+        let fs = Slow { answers_in, let_go: Mutex::new(let_go) };
+        (Device::new(fs, Duration::from_secs(1), workers, descriptors, fail), sender, reasons)
     }
 
     fn kick(device: &Device<Slow>, guest: &Guest) {

@@ -1,4 +1,5 @@
 //! What `caisson-fs` serves, as a fuzz target tries it, too.
 
+pub mod descriptors;
 pub mod device;
 pub mod share;

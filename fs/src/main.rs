@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
 use caisson_fs::share::Share;
 use caisson_host::control::Control;
@@ -85,14 +86,20 @@ fn run(control: &Arc<Control>) -> Result<()> {
         gid_map: unknown,
         ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)
     };
-    let fs = Share::new(PassthroughFs::new(fs_config).context("open the share")?, matches!(config.cache, CachePolicy::Auto));
+    let witness = Arc::clone(control);
+    let descriptors = Arc::new(Descriptors::new(fs_config.guest_fd_limit, move || {
+        // A shim that has this many to hear already has heard of it.
+        let _ = witness.send(&Event::Crowded, &[], false);
+    }));
+    let fs = PassthroughFs::new(fs_config).context("open the share")?;
+    let fs = Share::new(fs, matches!(config.cache, CachePolicy::Auto), Arc::clone(&descriptors));
     // Before any thread is started: each has the filter of who starts it.
     filter::install()?;
     let witness = Arc::clone(control);
     // On a single processor the guest cannot ask while somebody looks.
     let alone = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
     let poll = if alone { Duration::ZERO } else { Duration::from_micros(config.poll_us.into()) };
-    serve(socket, Device::new(fs, poll, config.threads, move |reason| fail(&witness, reason)))
+    serve(socket, Device::new(fs, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
 }
 
 /// What the guest may do and cache.

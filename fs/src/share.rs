@@ -1,4 +1,4 @@
-//! The share as the guest's requests meet it: virtiofsd's file system, with three things of ours.
+//! The share as the guest's requests meet it: virtiofsd's file system, with four things of ours.
 //!
 //! **What may be kept.** With the policy `auto` a guest drops what it has cached of a file whenever the
 //! file is opened, so that a program is read again each time that it is run. Here it keeps that,
@@ -16,13 +16,15 @@
 //! **What need not be said.** That a file is closed matters to file systems which write then, as NFS does; of one
 //! that was opened to be read alone the guest does not tell.
 //!
+//! **What is counted.** The descriptors that the guest holds (`descriptors.rs`).
+//!
 //! **What is refused.** Offsets that no file has: no kernel asks for them, and the server below has no
 //! answer for them.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use virtiofsd::filesystem::{
@@ -31,6 +33,8 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
+
+use crate::descriptors::Descriptors;
 
 /// After so long a change is told from the next by its time: file systems count in steps of up to two
 /// seconds, and a file server's clock may be a little behind ours.
@@ -88,12 +92,27 @@ pub struct Share {
     fs: PassthroughFs,
     /// Of the policy `auto` alone: with `always` a guest keeps everything, with `never` nothing.
     opened: Option<Mutex<Opened>>,
+    descriptors: Arc<Descriptors>,
 }
 
 impl Share {
     /// A share of files; with `keep` the guest keeps what it has of files that did not change.
-    pub fn new(fs: PassthroughFs, keep: bool) -> Self {
-        Self { fs, opened: keep.then(Mutex::default) }
+    pub fn new(fs: PassthroughFs, keep: bool, descriptors: Arc<Descriptors>) -> Self {
+        Self { fs, opened: keep.then(Mutex::default), descriptors }
+    }
+
+    /// Notes that the guest has a file open, when it has.
+    fn hold(&self, handle: Option<Handle>) -> Option<Handle> {
+        handle.inspect(|_| self.descriptors.take())
+    }
+
+    /// The guest forgets a file, once for each time that it was told of it.
+    fn forget_one(&self, ctx: Context, inode: Inode, count: u64) {
+        self.fs.forget(ctx, inode, count);
+        // It may have been told of it again meanwhile.
+        if self.fs.getattr(ctx, inode, None).is_err() {
+            self.descriptors.give_back();
+        }
     }
 
     fn opened(&self) -> Option<MutexGuard<'_, Opened>> {
@@ -118,6 +137,15 @@ macro_rules! pass_on {
     };
 }
 
+/// Requests that are answered with a file.
+macro_rules! answer_with_file {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*);)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> io::Result<Entry> {
+            self.descriptors.entry(|| self.fs.$name($($argument),*))
+        })*
+    };
+}
+
 impl FileSystem for Share {
     type Inode = Inode;
     type Handle = Handle;
@@ -125,6 +153,7 @@ impl FileSystem for Share {
 
     fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
         let (handle, mut options) = self.fs.open(ctx, inode, kill_priv, flags)?;
+        let handle = self.hold(handle);
         // The state is that of after the open: what the guest reads from now on is that or newer.
         if let Some(mut opened) = self.opened()
             && let Ok((attr, _)) = self.fs.getattr(ctx, inode, handle)
@@ -142,14 +171,67 @@ impl FileSystem for Share {
         if let Some(mut opened) = self.opened() {
             opened.forget(inode);
         }
-        self.fs.forget(ctx, inode, count);
+        self.forget_one(ctx, inode, count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
         if let Some(mut opened) = self.opened() {
             requests.iter().for_each(|(inode, _)| opened.forget(*inode));
         }
-        self.fs.batch_forget(ctx, requests);
+        for (inode, count) in requests {
+            self.forget_one(ctx, inode, count);
+        }
+    }
+
+    fn destroy(&self) {
+        self.fs.destroy();
+        self.descriptors.clear();
+    }
+
+    fn create(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        kill_priv: bool,
+        flags: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        let mut rest = None;
+        let entry = self.descriptors.entry(|| {
+            let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
+            rest = Some((handle, options));
+            Ok(entry)
+        })?;
+        let (handle, options) = rest.unwrap_or((None, OpenOptions::empty()));
+        Ok((entry, self.hold(handle), options))
+    }
+
+    fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
+        self.fs.opendir(ctx, inode, flags).map(|(handle, options)| (self.hold(handle), options))
+    }
+
+    fn release(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        flags: u32,
+        handle: Handle,
+        flush: bool,
+        unlock: bool,
+        lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.fs.release(ctx, inode, flags, handle, flush, unlock, lock_owner)?;
+        self.descriptors.give_back();
+        Ok(())
+    }
+
+    fn releasedir(&self, ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
+        self.fs.releasedir(ctx, inode, flags, handle)?;
+        self.descriptors.give_back();
+        Ok(())
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -206,33 +288,31 @@ impl FileSystem for Share {
         self.fs.copyfilerange(ctx, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
     }
 
+    answer_with_file! {
+        fn lookup(ctx: Context, parent: Inode, name: &CStr);
+        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions);
+        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions);
+        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions);
+        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr);
+    }
+
     pass_on! {
         fn init(capable: FsOptions) -> io::Result<FsOptions>;
-        fn destroy() -> ();
-        fn lookup(ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn setattr(ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid) -> io::Result<(Attr, Duration)>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
-        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions) -> io::Result<Entry>;
-        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
-        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
         fn unlink(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
         fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
         fn rename(ctx: Context, from: Inode, name: &CStr, to: Inode, new_name: &CStr, flags: u32) -> io::Result<()>;
-        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry>;
-        fn create(ctx: Context, parent: Inode, name: &CStr, mode: u32, kill_priv: bool, flags: u32, umask: u32, extensions: Extensions) -> io::Result<(Entry, Option<Handle>, OpenOptions)>;
         fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
-        fn release(ctx: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool, lock_owner: Option<u64>) -> io::Result<()>;
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
         fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) -> io::Result<()>;
         fn getxattr(ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
         fn removexattr(ctx: Context, inode: Inode, name: &CStr) -> io::Result<()>;
-        fn opendir(ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<DirIter>;
         fn fsyncdir(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
-        fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
         fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;
         fn lseek(ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
         fn syncfs(ctx: Context, inode: Inode) -> io::Result<()>;
@@ -298,7 +378,7 @@ mod tests {
         let config = passthrough::Config { root_dir: folder.path().to_str().unwrap().into(), ..passthrough::Config::default() };
         let fs = PassthroughFs::new(config).unwrap();
         fs.open_root_node().unwrap();
-        let share = Share::new(fs, true);
+        let share = Share::new(fs, true, Arc::new(Descriptors::new(1000, || ())));
         let context = || Context::from(InHeader::default());
         let file = share.lookup(context(), 1, c"file").unwrap().inode;
         let told = |flags: i32| !share.open(context(), file, false, flags.cast_unsigned()).unwrap().1.contains(OpenOptions::NOFLUSH);

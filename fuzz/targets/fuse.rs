@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
 use caisson_fs::share::Share;
 use caisson_fuzz::Input;
@@ -37,6 +38,8 @@ const ANSWER: u32 = 0x2000;
 /// What a file beside the share holds, and no answer may; its name is one that seeds try to reach.
 const SECRET: &[u8] = b"what no guest may see";
 const SECRET_FILE: &str = "secret";
+/// The most descriptors that the guest may hold.
+const DESCRIPTORS: u64 = 512;
 /// The most bytes of what follows the header.
 const BODY: usize = 0x800;
 /// Inodes are numbers from 1 on: small ones are likely to be there.
@@ -87,7 +90,9 @@ fuzz_target!(|data: &[u8]| {
     fs.open_root_node().expect("the share can be opened");
     let ended = Arc::new(AtomicBool::new(false));
     let end = Arc::clone(&ended);
-    let device = Device::new(Share::new(fs, true), Duration::ZERO, 0, move |_reason| end.store(true, Ordering::Relaxed));
+    let descriptors = Arc::new(Descriptors::new(DESCRIPTORS, || ()));
+    let files = Share::new(fs, true, Arc::clone(&descriptors));
+    let device = Device::new(files, Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));
     let memory = GuestMemoryMmap::<BitmapMmapRegion>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("memory");
     let memory = GuestMemoryAtomic::new(memory);
     device.update_memory(memory.clone()).expect("it takes any memory");

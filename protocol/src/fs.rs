@@ -41,6 +41,8 @@ pub enum Event {
         /// Process id.
         pid: u32,
     },
+    /// The guest remembers so many files that there will be no room for more: it had better forget some.
+    Crowded,
     /// It cannot serve: one sentence. The last message.
     Failed(String),
 }

@@ -127,6 +127,11 @@ impl Agent {
         self.call("health check", self.client.ping(none(), &Empty::new())).await.map(drop)
     }
 
+    /// Has the guest's kernel forget files that nobody uses.
+    pub async fn forget_files(&self) -> Result<()> {
+        self.call("forget files", self.client.forget_files(none(), &Empty::new())).await.map(drop)
+    }
+
     /// Makes a container; returns the id that its own process has in the guest.
     pub async fn create_container(&self, request: CreateContainerRequest) -> Result<u32> {
         self.call("create the container", self.client.create_container(none(), &request)).await.map(|answer| answer.pid)

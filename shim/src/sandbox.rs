@@ -22,7 +22,7 @@ use caisson_protocol::guest::CONTROL_PORT;
 use caisson_protocol::vmm::{BootConfig, Ends, Offer};
 use nix::mount::{MsFlags, mount};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::agent::Agent;
 use crate::cgroup::{self, Place};
@@ -51,6 +51,8 @@ pub struct Sandbox {
     /// How it becomes larger.
     pub growth: Growth,
     fs: Arc<Jailed>,
+    /// Told when the guest had better forget files.
+    crowded: Arc<Notify>,
 }
 
 /// The files that a machine boots from, opened with the shim's rights.
@@ -82,6 +84,7 @@ impl Sandbox {
         let growing = Arc::clone(&sandbox);
         tokio::spawn(async move { growing.growth.follow(&growing.vmm).await });
         tokio::spawn(watch_health(Arc::clone(&sandbox), Duration::from_millis(config.health_interval_ms.into())));
+        tokio::spawn(watch_files(Arc::clone(&sandbox)));
         Ok(sandbox)
     }
 
@@ -191,18 +194,26 @@ impl Boot<'_> {
         self.enter("starting the virtio-fs server");
         let (threads, poll_us) = (config.fs_threads as usize, config.fs_poll_us);
         let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads, poll_us };
-        let watched = Arc::clone(&vmm);
-        let fs = start_fs(&config.fs_path, &store.share(), config.fs_id_base, &fs_config, fs_listener, move |end| async move {
-            match end {
-                FsEnd::Failed(reason) => watched.kill(&reason),
-                // The server ends with a monitor that ends, and then it is the monitor that knows why.
-                FsEnd::Gone(reason) => {
-                    if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
-                        watched.kill(&reason);
+        let (watched, crowded) = (Arc::clone(&vmm), Arc::new(Notify::new()));
+        let fs = start_fs(
+            &config.fs_path,
+            &store.share(),
+            config.fs_id_base,
+            &fs_config,
+            fs_listener,
+            Arc::clone(&crowded),
+            move |end| async move {
+                match end {
+                    FsEnd::Failed(reason) => watched.kill(&reason),
+                    // The server ends with a monitor that ends, and then it is the monitor that knows why.
+                    FsEnd::Gone(reason) => {
+                        if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
+                            watched.kill(&reason);
+                        }
                     }
                 }
-            }
-        })
+            },
+        )
         .await
         .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
@@ -217,7 +228,7 @@ impl Boot<'_> {
         self.hello(&vmm, &agent, connected, processes).await?;
         // The guest has mounted the share: the file server has mapped all memory.
         let growth = Growth::new(bounds, files.added)?;
-        Ok(Arc::new(Sandbox { vmm, agent, growth, fs }))
+        Ok(Arc::new(Sandbox { vmm, agent, growth, fs, crowded }))
     }
 
     /// Starts the vCPUs and offers the control port; the returned state tells when the guest connects.
@@ -411,6 +422,21 @@ async fn watch_health(sandbox: Arc<Sandbox>, interval: Duration) {
         if let Err(error) = sandbox.agent.ping().await {
             sandbox.kill(&error.to_string());
             return;
+        }
+    }
+}
+
+/// Has the guest forget files that nobody uses, whenever the virtio-fs server has little room for more.
+async fn watch_files(sandbox: Arc<Sandbox>) {
+    let mut ended = sandbox.ended();
+    loop {
+        tokio::select! {
+            _ = ended.wait_for(Option::is_some) => return,
+            () = sandbox.crowded.notified() => {}
+        }
+        if let Err(error) = sandbox.agent.forget_files().await {
+            // What waits for it has its bound, and says then what it lacks.
+            log::warn!("have the guest forget files: {error}");
         }
     }
 }

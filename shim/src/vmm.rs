@@ -17,7 +17,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::channel::Channel;
 use crate::errors::one_line;
@@ -369,6 +369,9 @@ fn describe(stopped: &Stopped) -> String {
     }
 }
 
+/// From one word of a virtio-fs server to the next that is listened to.
+const BETWEEN_WORDS: Duration = Duration::from_millis(2);
+
 /// Why the virtio-fs server ended.
 pub enum FsEnd {
     /// It said what it could not do.
@@ -378,7 +381,7 @@ pub enum FsEnd {
 }
 
 /// Starts the virtio-fs server for `share`, with ids of the host from `id_base` on when that is not 0;
-/// `on_end` hears when it dies.
+/// `on_end` hears when it dies, and who waits for `crowded` when the guest had better forget files.
 ///
 /// # Errors
 /// When it cannot be started.
@@ -388,23 +391,25 @@ pub async fn start_fs<F: Future<Output = ()> + Send>(
     id_base: u32,
     config: &FsConfig,
     socket: OwnedFd,
+    crowded: Arc<Notify>,
     on_end: impl FnOnce(FsEnd) -> F + Send + 'static,
 ) -> Result<Arc<Jailed>> {
     let pid_of = |event: fs::Event| match event {
         fs::Event::Jailed { pid } => Ok(pid),
         fs::Event::Failed(reason) => Err(reason),
+        fs::Event::Crowded => Err("it has no guest yet that could crowd it".into()),
     };
     let ids = Some(id_base.to_string()).filter(|_| id_base != 0);
     let server = Arc::new(Jailed::start(program, ids.as_slice(), share, pid_of).await?);
     if let Err(error) = server.send(config, &[socket.as_fd()]).await {
         // One that has failed by now does not hear it, and has said why.
-        let reason = failure(&server).await;
+        let reason = failure(&server, &crowded).await;
         server.collect().await;
         bail!("{}", reason.unwrap_or_else(|| format!("configure the virtio-fs server: {error}")));
     }
     let watched = Arc::clone(&server);
     tokio::spawn(async move {
-        let failure = failure(&watched).await;
+        let failure = failure(&watched, &crowded).await;
         let ended = watched.collect().await;
         on_end(failure.map_or_else(|| FsEnd::Gone(format!("the virtio-fs server {ended}")), FsEnd::Failed)).await;
     });
@@ -412,10 +417,17 @@ pub async fn start_fs<F: Future<Output = ()> + Send>(
 }
 
 /// Waits for the last word of a virtio-fs server, if it has one.
-async fn failure(server: &Jailed) -> Option<String> {
-    match server.receive::<fs::Event>().await {
-        Ok(Some((fs::Event::Failed(reason), _))) => Some(format!("the virtio-fs server failed: {}", one_line(&reason))),
-        _ => None,
+async fn failure(server: &Jailed, crowded: &Notify) -> Option<String> {
+    loop {
+        match server.receive::<fs::Event>().await {
+            Ok(Some((fs::Event::Failed(reason), _))) => return Some(format!("the virtio-fs server failed: {}", one_line(&reason))),
+            Ok(Some((fs::Event::Crowded, _))) => {
+                crowded.notify_one();
+                // One that was taken over says it as often as it likes.
+                tokio::time::sleep(BETWEEN_WORDS).await;
+            }
+            _ => return None,
+        }
     }
 }
 

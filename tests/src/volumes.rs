@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
     ("sockets_of_the_host_are_refused_or_dead", sockets_of_the_host_are_refused_or_dead),
     ("connections_to_a_socket_of_the_host_are_carried_to_it", connections_to_a_socket_of_the_host_are_carried_to_it),
     ("what_did_not_change_is_read_once_and_what_did_is_read_again", what_did_not_change_is_read_once_and_what_did_is_read_again),
+    ("a_guest_sees_more_files_than_its_server_may_hold_open", a_guest_sees_more_files_than_its_server_may_hold_open),
     ("a_memory_volume_is_the_guests_and_shared_by_its_containers", a_memory_volume_is_the_guests_and_shared_by_its_containers),
 ];
 
@@ -308,4 +309,29 @@ fn what_did_not_change_is_read_once_and_what_did_is_read_again() {
     eventually(|| pod.exec(&[], &["cat", "/data/file"]).stdout == "theirs\n", "what the host wrote is not seen");
     drop(pod);
     shell(&format!("rm -r {folder}"));
+}
+
+fn a_guest_sees_more_files_than_its_server_may_hold_open() {
+    const FILES: usize = 6000;
+    let folder = format!("/tmp/{}", id("many"));
+    shell(&format!("mkdir {folder} && cd {folder} && seq {FILES} | xargs touch"));
+    let mount = format!("type=bind,src={folder},dst=/many,options=rbind:rw");
+    let pod = PodOfCtr::start("many", &["--mount", &mount], SLEEP);
+    let server = format!("/proc/{}", pod.host_pid("fs"));
+    let limits = std::fs::read_to_string(format!("{server}/limits")).unwrap();
+    let limit: usize =
+        limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next()?.parse().ok()).unwrap();
+    assert!(limit < FILES, "the node's containerd lets a process open {limit} files: the test needs more");
+    // Twice at once, and then as the guest remembers the last ones.
+    let count = "[ $(ls -l /many | wc -l) = 6001 ]";
+    let walks = format!("(find /many -size 1000 & {count} && wait) && {count} && echo new > /many/new && cat /many/new");
+    let output = pod.exec(&[], &["sh", "-c", &walks]);
+    assert_eq!((output.code, output.stdout.as_str()), (0, "new\n"), "{output:?}");
+    let open = || std::fs::read_dir(format!("{server}/fd")).unwrap().count();
+    assert!(open() < limit, "{} of {limit}", open());
+    // What is open stays so, whatever is forgotten.
+    let held =
+        pod.exec(&[], &["sh", "-c", &format!("exec 3< /many/7; rm /many/7; {count}; echo held > /many/8; read line <&3; cat /many/8")]);
+    assert_eq!((held.code, held.stdout.as_str()), (0, "held\n"), "{held:?}");
+    shell(&format!("rm -rf {folder}"));
 }

@@ -1,0 +1,166 @@
+//! How many descriptors the guest holds here: one for each file that its kernel remembers, and one for each that it has open.
+//!
+//! A guest with much memory remembers more files than a process may have open, and virtio-fs has no word by which its kernel
+//! could be told to forget some. So the shim is told, at three quarters of what there may be, and its agent has the kernel
+//! do it. When seven eighths are in use, requests that take a descriptor wait for that, each for a bounded time.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtiofsd::filesystem::Entry;
+
+/// For so long a request waits at most.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// While it waits, it looks, and the shim is told again, so often.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+const TELL_EVERY: Duration = Duration::from_millis(250);
+
+/// The count.
+pub struct Descriptors {
+    limit: u64,
+    used: AtomicU64,
+    /// When so many are in use, the shim is told.
+    tell_at: AtomicU64,
+    /// The largest inode that the guest knows: they are numbered as they are found, and no number comes twice. Held
+    /// while another is looked up, so that they are seen in that order.
+    newest: Mutex<u64>,
+    tell: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Descriptors {
+    /// For so many at most; `tell` has the guest forget what it does not use, and does not wait for that.
+    pub fn new(limit: u64, tell: impl Fn() + Send + Sync + 'static) -> Self {
+        let (used, tell_at) = (AtomicU64::new(0), AtomicU64::new(limit / 4 * 3));
+        Self { limit, used, tell_at, newest: Mutex::new(0), tell: Box::new(tell) }
+    }
+
+    /// Answers with a file, which takes a descriptor when the guest does not know it yet.
+    ///
+    /// # Errors
+    /// Those of `find`.
+    pub fn entry(&self, find: impl FnOnce() -> io::Result<Entry>) -> io::Result<Entry> {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = find()?;
+        if entry.inode > *newest {
+            *newest = entry.inode;
+            self.take();
+        }
+        Ok(entry)
+    }
+
+    /// Another is in use.
+    pub fn take(&self) {
+        let used = self.used.fetch_add(1, Ordering::Relaxed) + 1;
+        if used >= self.tell_at.load(Ordering::Relaxed) {
+            // Not again for each further one, where the guest has use for so many.
+            self.tell_at.store(used + self.limit / 32, Ordering::Relaxed);
+            (self.tell)();
+        }
+    }
+
+    /// One is no more.
+    pub fn give_back(&self) {
+        // Never below none, whatever a guest says that it forgets.
+        let used = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| used.checked_sub(1));
+        if used.is_ok_and(|used| used == self.limit / 8 * 5) {
+            self.tell_at.store(self.limit / 4 * 3, Ordering::Relaxed);
+        }
+    }
+
+    /// None is in use any more.
+    pub fn clear(&self) {
+        self.used.store(0, Ordering::Relaxed);
+        self.tell_at.store(self.limit / 4 * 3, Ordering::Relaxed);
+    }
+
+    /// Whether a request that takes one had better wait.
+    pub fn are_short(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.limit / 8 * 7
+    }
+
+    /// Waits until the guest has forgotten enough, for a bounded time: what is tried then may find none left.
+    pub fn wait(&self) {
+        let (begin, mut told) = (Instant::now(), None::<Instant>);
+        while self.are_short() && begin.elapsed() < PATIENCE {
+            if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
+                (self.tell)();
+                told = Some(Instant::now());
+            }
+            thread::park_timeout(LOOK_EVERY);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use virtiofsd::fuse::Attr;
+
+    use super::*;
+
+    /// Of 64 at most, and how often the guest was told to forget.
+    fn counted() -> (Descriptors, Arc<AtomicU64>) {
+        let told = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&told);
+        let tell = move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+        };
+        (Descriptors::new(64, tell), told)
+    }
+
+    fn found(inode: u64) -> io::Result<Entry> {
+        let (attr_timeout, entry_timeout) = (Duration::ZERO, Duration::ZERO);
+        Ok(Entry { inode, generation: 0, attr: Attr::default(), attr_timeout, entry_timeout })
+    }
+
+    #[test]
+    fn a_file_that_the_guest_knows_takes_none() {
+        let (descriptors, _) = counted();
+        for inode in [2, 3, 2, 3, 4] {
+            descriptors.entry(|| found(inode)).unwrap();
+        }
+        assert!(descriptors.entry(|| Err(io::ErrorKind::NotFound.into())).is_err());
+        assert_eq!(descriptors.used.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn the_guest_is_told_when_many_are_used_and_again_when_it_has_forgotten_some() {
+        let (descriptors, told) = counted();
+        let told = || told.load(Ordering::Relaxed);
+        (0..47).for_each(|_| descriptors.take());
+        assert_eq!(told(), 0);
+        descriptors.take();
+        assert_eq!((told(), descriptors.are_short()), (1, false));
+        // It has use for them.
+        descriptors.take();
+        assert_eq!(told(), 1);
+        (0..7).for_each(|_| descriptors.take());
+        assert_eq!((told(), descriptors.are_short()), (5, true));
+        (0..40).for_each(|_| descriptors.give_back());
+        assert!(!descriptors.are_short());
+        (0..32).for_each(|_| descriptors.take());
+        assert_eq!(told(), 6);
+    }
+
+    #[test]
+    fn who_waits_goes_on_when_there_is_room() {
+        let (descriptors, told) = counted();
+        (0..60).for_each(|_| descriptors.take());
+        let before = told.load(Ordering::Relaxed);
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| descriptors.wait());
+            while told.load(Ordering::Relaxed) == before {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert!(!waits.is_finished());
+            (0..40).for_each(|_| descriptors.give_back());
+        });
+        // A guest that forgets more than it has is none the richer.
+        (0..100).for_each(|_| descriptors.give_back());
+        assert_eq!(descriptors.used.load(Ordering::Relaxed), 0);
+    }
+}
