@@ -74,15 +74,26 @@ pub fn load(path: &Path) -> Result<Config, SettingsError> {
 /// does not know the handler looks for its pods.
 pub fn load_for(path: &Path, handler: Option<&Path>) -> Result<Config, SettingsError> {
     let mut config = load(path)?;
-    let Some(handler) = handler else { return Ok(config) };
-    let name = handler.display().to_string();
-    let run_dir = config.run_dir.clone();
-    let text = std::fs::read_to_string(handler).map_err(|source| SettingsError::Read { path: name.clone(), source })?;
-    config.apply_toml(&name, &text)?;
-    if config.run_dir != run_dir {
-        return Err(SettingsError::RunDir { path: name });
+    if let Some(handler) = handler {
+        lay_over(&mut config, handler)?;
     }
     Ok(config)
+}
+
+/// Lays the file of a tenant over a configuration: `tenants/NAME.toml` beside that of the host.
+///
+/// # Errors
+/// As [`load_for`] for a handler's.
+pub fn lay_tenant(config: &mut Config, path: &Path, tenant: &str) -> Result<(), SettingsError> {
+    lay_over(config, &path.with_file_name("tenants").join(format!("{tenant}.toml")))
+}
+
+fn lay_over(config: &mut Config, file: &Path) -> Result<(), SettingsError> {
+    let name = file.display().to_string();
+    let run_dir = config.run_dir.clone();
+    let text = std::fs::read_to_string(file).map_err(|source| SettingsError::Read { path: name.clone(), source })?;
+    config.apply_toml(&name, &text)?;
+    if config.run_dir == run_dir { Ok(()) } else { Err(SettingsError::RunDir { path: name }) }
 }
 
 #[cfg(test)]
@@ -113,6 +124,27 @@ mod tests {
         assert_eq!((config.vcpus, config.memory_mib, load_for(&path, None).unwrap().vcpus), (4, 128, 2));
         std::fs::write(&handler, "[run]\ndir = \"/elsewhere\"\n").unwrap();
         assert!(load_for(&path, Some(&handler)).unwrap_err().to_string().contains("run.dir"));
+    }
+
+    #[test]
+    fn a_tenants_file_comes_after_the_handlers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, handler) = (dir.path().join("config.toml"), dir.path().join("handler.toml"));
+        std::fs::write(&path, "[annotations]\nallowed = [\"tenant.name\"]\n").unwrap();
+        std::fs::write(&handler, "[vm]\nvcpus = 2\nmemory_mib = 128\n[tenant]\nname = \"acme\"\n").unwrap();
+        std::fs::create_dir(dir.path().join("tenants")).unwrap();
+        std::fs::write(dir.path().join("tenants/umbra.toml"), "[vm]\nvcpus = 4\n[annotations]\nallowed = []\n").unwrap();
+        let mut config = load_for(&path, Some(&handler)).unwrap();
+        let mut annotations =
+            [("io.caisson.tenant.name", "umbra"), ("other", "kept")].map(|(name, value)| (name.into(), value.into())).into();
+        assert_eq!(config.take_tenant(&mut annotations).unwrap(), "umbra");
+        assert_eq!((annotations.len(), config.take_tenant(&mut annotations).unwrap().as_str()), (1, "acme"));
+        lay_tenant(&mut config, &path, "umbra").unwrap();
+        assert_eq!((config.vcpus, config.memory_mib), (4, 128));
+        let error = lay_tenant(&mut config, &path, "acme").unwrap_err().to_string();
+        assert!(error.starts_with("read configuration ") && error.ends_with("/tenants/acme.toml"), "{error}");
+        annotations.insert("io.caisson.tenant.name".into(), "umbra".into());
+        assert!(config.take_tenant(&mut annotations).unwrap_err().to_string().contains("tenant.name is not allowed on this host"));
     }
 
     #[test]

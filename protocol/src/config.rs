@@ -55,6 +55,8 @@ pub enum HostSockets {
 /// What the pods of a tenant share on the host. See [`KEYS`] for each of these.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tenant {
+    /// Its own name; empty for none.
+    pub name: String,
     /// A path, or a slice; empty for none.
     pub cgroup: String,
     /// 0 for none.
@@ -285,6 +287,18 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// Whom a pod belongs to, by its annotation, which is taken away, or by the configuration; nobody where it is empty.
+    ///
+    /// # Errors
+    /// When the annotation is not allowed, or has a bad value.
+    pub fn take_tenant(&self, annotations: &mut BTreeMap<String, String>) -> Result<String, ConfigError> {
+        let mut chosen = self.clone();
+        chosen.apply_annotations(
+            annotations.remove_entry(&format!("{ANNOTATION_PREFIX}tenant.name")).iter().map(|(name, value)| (name, value)),
+        )?;
+        Ok(chosen.tenant.name)
     }
 
     /// Lays a pod's `io.caisson.*` annotations over what is there; others are passed over.

@@ -65,7 +65,7 @@ impl Place {
     /// # Errors
     /// When the tenant has limits and no cgroup that they could be set on.
     pub fn of_tenant(tenant: &Tenant, namespace: &str, pod: &str) -> Result<Option<Self>> {
-        let Tenant { cgroup, memory_mib, cpus, processes } = tenant;
+        let Tenant { cgroup, memory_mib, cpus, processes, .. } = tenant;
         ensure!(
             cgroup.starts_with('/') || (*memory_mib, *cpus, *processes) == (0, 0, 0),
             "tenant.memory_mib, tenant.cpus and tenant.processes need a path as tenant.cgroup, which is {cgroup:?}; the limits of a slice are systemd's to set"

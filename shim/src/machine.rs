@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use caisson_host::{records, settings};
 use caisson_protocol::VERSION;
-use caisson_protocol::config::{self, Config, NetworkDefault};
+use caisson_protocol::config::{self, Config, ConfigError, NetworkDefault};
 use caisson_protocol::fs::HOST_IDS;
 use caisson_protocol::record::PodRecord;
 use tokio::sync::OnceCell;
@@ -64,11 +64,18 @@ impl Machine {
     /// # Errors
     /// What is wrong with configuration or annotations, and the step that failed; nothing is left.
     pub async fn boot(name: &Name, handler_config: Option<&Path>, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
-        let mut config = settings::load_for(Path::new(config::PATH), handler_config).map_err(|error| Error::Failed(error.into()))?;
+        let host = Path::new(config::PATH);
+        let (failed, invalid) = (|error| Error::Failed(anyhow::Error::from(error)), |error: ConfigError| Error::Invalid(error.to_string()));
+        let mut config = settings::load_for(host, handler_config).map_err(failed)?;
+        let mut annotations = spec.annotations();
+        let tenant = config.take_tenant(&mut annotations).map_err(invalid)?;
+        if !tenant.is_empty() {
+            settings::lay_tenant(&mut config, host, &tenant).map_err(failed)?;
+        }
         spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
         let limits = spec.pod_limits();
         config.size_for(limits.memory, limits.cpus());
-        config.apply_annotations(&spec.annotations()).map_err(|error| Error::Invalid(error.to_string()))?;
+        config.apply_annotations(&annotations).map_err(invalid)?;
         check_id_base(&config, name, spec)?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()

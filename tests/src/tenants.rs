@@ -4,6 +4,7 @@ use crate::Test;
 use crate::containerd::CriContainerd;
 use crate::cri;
 use crate::ctr::{self, run, shell};
+use crate::faults::Config;
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const ALONE: &[Test] = &[
@@ -34,8 +35,8 @@ impl Tenants {
 
     fn set_up() -> Self {
         for tenant in Self::NAMES {
-            shell(&format!("mkdir -p /etc/caisson /etc/cni/{tenant} && groupadd --force {tenant}"));
-            std::fs::write(format!("/etc/caisson/{tenant}.toml"), of(tenant, CONFIG)).unwrap();
+            shell(&format!("mkdir -p /etc/caisson/tenants /etc/cni/{tenant} && groupadd --force {tenant}"));
+            std::fs::write(format!("/etc/caisson/tenants/{tenant}.toml"), of(tenant, CONFIG)).unwrap();
             std::fs::write(format!("/etc/cni/{tenant}/10-{tenant}.conflist"), of(tenant, NETWORK)).unwrap();
         }
         Self
@@ -59,11 +60,11 @@ impl Tenants {
 impl Drop for Tenants {
     fn drop(&mut self) {
         for tenant in Self::NAMES {
-            let files = format!("/etc/caisson/{tenant}.toml /etc/cni/{tenant} /var/lib/cni/networks/{tenant}");
+            let files = format!("/etc/caisson/tenants/{tenant}.toml /etc/cni/{tenant} /var/lib/cni/networks/{tenant}");
             shell(&format!("rm -rf {files}; groupdel {tenant}; ip link del tenant-{tenant} 2>/dev/null; true"));
         }
         shell(
-            "nft delete table inet caisson-tenants 2>/dev/null; rmdir /etc/caisson /sys/fs/cgroup/tenants/* /sys/fs/cgroup/tenants 2>/dev/null; true",
+            "nft delete table inet caisson-tenants 2>/dev/null; rmdir /etc/caisson/tenants /etc/caisson /sys/fs/cgroup/tenants/* /sys/fs/cgroup/tenants 2>/dev/null; true",
         );
     }
 }
@@ -138,21 +139,18 @@ fn two_tenants_of_a_host_share_no_network_user_or_cgroup() {
     assert_eq!(shell("find /sys/fs/cgroup/tenants -mindepth 2 -type d"), "", "the pods' cgroups");
 }
 
-fn configured(tenant: &str, text: &str) -> String {
-    let path = format!("/tmp/{}.toml", ctr::id(tenant));
-    std::fs::write(&path, text).unwrap();
-    path
-}
-
 fn a_tenant_that_uses_up_its_memory_harms_no_other() {
     let before = Inventory::take();
-    let start = |tenant: &str, memory: u32| {
-        let config = configured(tenant, &format!("[vm]\nmemory_mib = 512\n[tenant]\ncgroup = \"/{tenant}\"\nmemory_mib = {memory}\n"));
-        let memory = "type=tmpfs,src=tmpfs,dst=/fill,options=size=400m";
-        ctr::Pod::start(tenant, &["--runtime-config-path", &config, "--mount", memory], "sleep 1000")
+    let _config = Config::set("[annotations]\nallowed = [\"tenant.name\"]\n");
+    shell("mkdir /etc/caisson/tenants");
+    let start = |tenant: &str| {
+        let text = format!("[vm]\nmemory_mib = 512\n[tenant]\ncgroup = \"/{tenant}\"\nmemory_mib = 160\n");
+        std::fs::write(format!("/etc/caisson/tenants/{tenant}.toml"), text).unwrap();
+        let (name, memory) = (format!("io.caisson.tenant.name={tenant}"), "type=tmpfs,src=tmpfs,dst=/fill,options=size=400m");
+        ctr::Pod::start(tenant, &["--annotation", &name, "--mount", memory], "sleep 1000")
     };
     {
-        let (greedy, quiet) = (start("greedy", 160), start("quiet", 160));
+        let (greedy, quiet) = (start("greedy"), start("quiet"));
         let filled = greedy.exec(&[], &["dd", "if=/dev/zero", "of=/fill/all", "bs=1M", "count=300"]);
         assert_ne!(filled.code, 0, "{filled:?}");
         greedy.wait_for("STOPPED");
@@ -160,15 +158,17 @@ fn a_tenant_that_uses_up_its_memory_harms_no_other() {
         let kills = |tenant: &str| shell(&format!("sed -n 's/^oom_kill //p' /sys/fs/cgroup/{tenant}/memory.events"));
         assert!(kills("greedy") != "0" && kills("quiet") == "0");
     }
-    shell("rmdir /sys/fs/cgroup/greedy /sys/fs/cgroup/quiet; rm /tmp/greedy-*.toml /tmp/quiet-*.toml");
+    let unknown = ctr::run_pod(&["--annotation", "io.caisson.tenant.name=nobody"], &["true"]);
+    assert!(unknown.stderr.contains("read configuration /etc/caisson/tenants/nobody.toml: No such file or directory"), "{unknown:?}");
+    shell("rmdir /sys/fs/cgroup/greedy /sys/fs/cgroup/quiet; rm -r /etc/caisson/tenants");
     assert_nothing_left(&before);
 }
 
 fn a_tenants_limits_are_one_clear_sentence_when_they_cannot_be() {
     let before = Inventory::take();
     let says = |text: &str| {
-        let config = configured("bad", text);
-        let refused = ctr::run_pod(&["--runtime-config-path", &config], &["true"]);
+        std::fs::write("/tmp/bad.toml", text).unwrap();
+        let refused = ctr::run_pod(&["--runtime-config-path", "/tmp/bad.toml"], &["true"]);
         assert_ne!(refused.code, 0, "{text}");
         refused.stderr
     };
@@ -180,6 +180,6 @@ fn a_tenants_limits_are_one_clear_sentence_when_they_cannot_be() {
     shell("mkdir /sys/fs/cgroup/threads && echo threaded > /sys/fs/cgroup/threads/cgroup.type");
     let text = says("[tenant]\ncgroup = \"/threads\"\nmemory_mib = 100\n");
     assert!(text.contains("limit the tenant's pods: write \"104857600\" to /sys/fs/cgroup/threads/memory.max"), "{text}");
-    shell("rmdir /sys/fs/cgroup/threads; rm /tmp/bad-*.toml");
+    shell("rmdir /sys/fs/cgroup/threads; rm /tmp/bad.toml");
     assert_nothing_left(&before);
 }

@@ -270,6 +270,13 @@ pub const KEYS: &[Key] = &[
         |c| quoted(&c.pod_owners)
     ),
     key!(
+        "tenant.name",
+        "whom a pod belongs to: settings of /etc/caisson/tenants/NAME.toml come after all others but its annotations",
+        "up to 64 of a to z, 0 to 9 and -; empty for nobody in particular",
+        |c, v| c.tenant.name = text(v, |t| t.len() <= 64 && t.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '-')))?,
+        |c| quoted(&c.tenant.name)
+    ),
+    key!(
         "tenant.cgroup",
         "cgroup of the host that all pods of a tenant are in, instead of the one that containerd asks for",
         "an absolute path like \"/acme\", or a slice of systemd's like \"acme.slice\"; empty for where containerd asks",
