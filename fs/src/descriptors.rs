@@ -10,8 +10,6 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtiofsd::filesystem::Entry;
-
 /// For so long a request waits at most.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// While it waits, it looks, and the shim is told again, so often.
@@ -37,18 +35,20 @@ impl Descriptors {
         Self { limit, used, tell_at, newest: Mutex::new(0), tell: Box::new(tell) }
     }
 
-    /// Answers with a file, which takes a descriptor when the guest does not know it yet.
+    /// Answers with a file, of the inode that `inode` reads from the answer; it takes a descriptor when the guest does not
+    /// know it yet.
     ///
     /// # Errors
     /// Those of `find`.
-    pub fn entry(&self, find: impl FnOnce() -> io::Result<Entry>) -> io::Result<Entry> {
+    pub fn answer<T>(&self, find: impl FnOnce() -> io::Result<T>, inode: impl FnOnce(&T) -> u64) -> io::Result<T> {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = find()?;
-        if entry.inode > *newest {
-            *newest = entry.inode;
+        let found = find()?;
+        let inode = inode(&found);
+        if inode > *newest {
+            *newest = inode;
             self.take();
         }
-        Ok(entry)
+        Ok(found)
     }
 
     /// Another is in use.
@@ -98,8 +98,6 @@ impl Descriptors {
 mod tests {
     use std::sync::Arc;
 
-    use virtiofsd::fuse::Attr;
-
     use super::*;
 
     /// Of 64 at most, and how often the guest was told to forget.
@@ -112,18 +110,13 @@ mod tests {
         (Descriptors::new(64, tell), told)
     }
 
-    fn found(inode: u64) -> io::Result<Entry> {
-        let (attr_timeout, entry_timeout) = (Duration::ZERO, Duration::ZERO);
-        Ok(Entry { inode, generation: 0, attr: Attr::default(), attr_timeout, entry_timeout })
-    }
-
     #[test]
     fn a_file_that_the_guest_knows_takes_none() {
         let (descriptors, _) = counted();
         for inode in [2, 3, 2, 3, 4] {
-            descriptors.entry(|| found(inode)).unwrap();
+            descriptors.answer(|| Ok(inode), |inode| *inode).unwrap();
         }
-        assert!(descriptors.entry(|| Err(io::ErrorKind::NotFound.into())).is_err());
+        assert!(descriptors.answer(|| Err(io::ErrorKind::NotFound.into()), |inode| *inode).is_err());
         assert_eq!(descriptors.used.load(Ordering::Relaxed), 3);
     }
 

@@ -141,7 +141,7 @@ macro_rules! pass_on {
 macro_rules! answer_with_file {
     ($(fn $name:ident($($argument:ident: $kind:ty),*);)*) => {
         $(fn $name(&self, $($argument: $kind),*) -> io::Result<Entry> {
-            self.descriptors.entry(|| self.fs.$name($($argument),*))
+            self.descriptors.answer(|| self.fs.$name($($argument),*), |entry| entry.inode)
         })*
     };
 }
@@ -199,13 +199,8 @@ impl FileSystem for Share {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
-        let mut rest = None;
-        let entry = self.descriptors.entry(|| {
-            let (entry, handle, options) = self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
-            rest = Some((handle, options));
-            Ok(entry)
-        })?;
-        let (handle, options) = rest.unwrap_or((None, OpenOptions::empty()));
+        let create = || self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions);
+        let (entry, handle, options) = self.descriptors.answer(create, |(entry, ..)| entry.inode)?;
         Ok((entry, self.hold(handle), options))
     }
 

@@ -211,9 +211,10 @@ pub fn limit(tenant: &Tenant) -> Result<()> {
         let dir = root.join(path);
         make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
         if unified {
-            // For the tenant's own limits above it, and below for the pods' counters. What cannot be had shows when the limit is set.
-            for above in dir.ancestors().take_while(|above| above.starts_with(&root)).collect::<Vec<_>>().into_iter().rev() {
-                let _ = std::fs::write(above.join("cgroup.subtree_control"), format!("+{controller}"));
+            // The controller is to be had from all above. Where it is not, it shows when the limit is set.
+            let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|above| above.starts_with(&root)).collect();
+            for group in above.into_iter().rev() {
+                let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }
         std::fs::write(dir.join(file), &text)
