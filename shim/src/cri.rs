@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::cri::{IDMapping, NamespaceMode, NamespaceOption, PodSandboxConfig};
 use caisson_protocol::guest::{PAUSE, POD_ANNOTATIONS, POD_FILES_DIR};
 use protobuf::{Enum, Message};
@@ -69,7 +69,7 @@ impl PodSandbox {
         ensure!(kind.ends_with(CONFIG_TYPE), "the sandbox's options are of type {kind:?}; expected is {CONFIG_TYPE}");
         let config = PodSandboxConfig::parse_from_bytes(value).context("read the pod's configuration")?;
         let files = files(&config)?;
-        let spec = specification(id, &config, netns);
+        let spec = specification(id, &config, netns)?;
         let root = |mappings: &str| {
             let mut ranges = spec["linux"][mappings].as_array().into_iter().flatten();
             ranges.find(|range| range["containerID"] == 0).and_then(|range| u32::try_from(range["hostID"].as_u64()?).ok()).unwrap_or(0)
@@ -79,7 +79,7 @@ impl PodSandbox {
     }
 }
 
-fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
+fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Result<Value> {
     let options = &config.linux.security_context.namespace_options;
     let is_hosts = |mode: protobuf::EnumOrUnknown<NamespaceMode>| mode.value() == NamespaceMode::NODE.value();
     let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "uts"})];
@@ -94,12 +94,12 @@ fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
     let mut sysctls: Map<String, Value> = SYSCTLS.iter().map(|(name, value)| ((*name).into(), json!(value))).collect();
     sysctls.extend(config.linux.sysctls.iter().map(|(name, value)| (name.clone(), json!(value))));
     let mut linux = json!({"cgroupsPath": cgroups_path(&config.linux.cgroup_parent, id), "sysctl": sysctls});
-    if let Some((uids, gids)) = user_mappings(options) {
+    if let Some((uids, gids)) = user_mappings(options)? {
         namespaces.push(json!({"type": "user"}));
         (linux["uidMappings"], linux["gidMappings"]) = (uids, gids);
     }
     linux["namespaces"] = namespaces.into();
-    json!({
+    Ok(json!({
         "ociVersion": "1.1.0",
         "hostname": hostname(config),
         "root": {"path": "rootfs", "readonly": true},
@@ -107,7 +107,7 @@ fn specification(id: &str, config: &PodSandboxConfig, netns: &str) -> Value {
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}],
         "annotations": annotations(id, config),
         "linux": linux,
-    })
+    }))
 }
 
 /// The pod's name; without one, the host's.
@@ -144,12 +144,25 @@ fn cgroups_path(parent: &str, id: &str) -> String {
 }
 
 /// The user and group mappings of a pod with a user namespace of its own.
-fn user_mappings(options: &NamespaceOption) -> Option<(Value, Value)> {
-    let user = options.userns_options.as_ref().filter(|user| user.mode.value() == NamespaceMode::POD.value())?;
+///
+/// # Errors
+/// For what is neither that nor a pod without one.
+fn user_mappings(options: &NamespaceOption) -> Result<Option<(Value, Value)>> {
+    let Some(user) = options.userns_options.as_ref() else { return Ok(None) };
+    let is_mapped = !user.uids.is_empty() && !user.gids.is_empty();
+    match user.mode.enum_value() {
+        Ok(NamespaceMode::POD) if is_mapped => {}
+        Ok(NamespaceMode::NODE) if user.uids.is_empty() && user.gids.is_empty() => return Ok(None),
+        mode => bail!(
+            "the pod's user namespace has mode {mode:?}, {} mappings of users and {} of groups; allowed are POD with both and NODE with none",
+            user.uids.len(),
+            user.gids.len()
+        ),
+    }
     let list = |mappings: &[IDMapping]| -> Value {
         mappings.iter().map(|map| json!({"containerID": map.container_id, "hostID": map.host_id, "size": map.length})).collect()
     };
-    Some((list(&user.uids), list(&user.gids)))
+    Ok(Some((list(&user.uids), list(&user.gids))))
 }
 
 /// The files in /etc that containerd makes for sandboxes of its own.
@@ -215,6 +228,28 @@ mod tests {
     fn options_of_another_type_are_refused() {
         let error = PodSandbox::read("p1", "runtime.v1.Other", &[], "", "").unwrap_err();
         assert!(error.to_string().contains("expected is runtime.v1.PodSandboxConfig"), "{error}");
+    }
+
+    #[test]
+    fn users_are_the_pods_own_or_the_hosts_and_nothing_between() {
+        let spec = |mode: NamespaceMode, mappings: usize| {
+            let mut config = config();
+            let options =
+                config.linux.mut_or_insert_default().security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
+            let user = options.userns_options.mut_or_insert_default();
+            user.mode = mode.into();
+            let mapping = IDMapping { host_id: 70_000, container_id: 0, length: 65_536, ..IDMapping::default() };
+            (user.uids, user.gids) = (vec![mapping.clone(); mappings], vec![mapping; mappings]);
+            PodSandbox::read("p1", CONFIG_TYPE, &config.write_to_bytes().unwrap(), "", "/b")
+        };
+        assert_eq!(spec(NamespaceMode::POD, 1).unwrap().root, (70_000, 70_000));
+        assert_eq!(spec(NamespaceMode::NODE, 0).unwrap().root, (0, 0));
+        for (mode, mappings) in
+            [(NamespaceMode::POD, 0), (NamespaceMode::NODE, 1), (NamespaceMode::CONTAINER, 1), (NamespaceMode::TARGET, 0)]
+        {
+            let error = spec(mode, mappings).unwrap_err().to_string();
+            assert!(error.contains("allowed are POD with both and NODE with none"), "{error}");
+        }
     }
 
     #[test]

@@ -64,6 +64,7 @@ fn sysctls_groups_and_ranks_for_want_of_memory_are_as_asked() {
         let sysctls = &mut config.linux.as_mut().unwrap().sysctls;
         sysctls.insert("kernel.msgmax".into(), "9999".into());
         sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "555".into());
+        sysctls.insert("fs.mqueue.msg_max".into(), "100".into());
     });
     // The image has root in a group besides: that counts, or only what was asked for does.
     for (policy, groups) in [(SupplementalGroupsPolicy::Merge, "0 10 3456"), (SupplementalGroupsPolicy::Strict, "0 3456")] {
@@ -76,8 +77,8 @@ fn sysctls_groups_and_ranks_for_want_of_memory_are_as_asked() {
         });
         assert_eq!(pod.output(&container, "id -G"), groups);
         assert_eq!(pod.output(&container, "cat /proc/1/oom_score_adj /proc/self/oom_score_adj | uniq"), "321");
-        let sysctls = "cat /proc/sys/kernel/msgmax /proc/sys/net/ipv4/ip_unprivileged_port_start";
-        assert_eq!(pod.output(&container, sysctls), "9999\n555");
+        let sysctls = "cat /proc/sys/kernel/msgmax /proc/sys/fs/mqueue/msg_max /proc/sys/net/ipv4/ip_unprivileged_port_start";
+        assert_eq!(pod.output(&container, sysctls), "9999\n100\n555");
     }
 }
 

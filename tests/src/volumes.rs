@@ -10,6 +10,7 @@ use crate::host::eventually;
 
 pub const TESTS: &[Test] = &[
     ("mounts_of_the_host_stay_when_a_container_goes", mounts_of_the_host_stay_when_a_container_goes),
+    ("mounts_of_the_host_come_into_a_container_as_it_asks", mounts_of_the_host_come_into_a_container_as_it_asks),
     ("flags_of_the_hosts_mounts_hold_in_containers", flags_of_the_hosts_mounts_hold_in_containers),
     ("the_file_server_can_write_no_more_than_the_container", the_file_server_can_write_no_more_than_the_container),
     ("what_is_mounted_in_a_read_only_volume_has_its_own_rights", what_is_mounted_in_a_read_only_volume_has_its_own_rights),
@@ -60,6 +61,27 @@ fn mounts_of_the_host_stay_when_a_container_goes() {
     assert_eq!(shell(&format!("cat {}/inner/file", nested.0)), "kept");
     // Not even a file server that is still there holds it: the host can take it away.
     shell(&format!("umount {0}/inner && mount -t tmpfs inner {0}/inner", nested.0));
+}
+
+fn mounts_of_the_host_come_into_a_container_as_it_asks() {
+    for (propagation, follows) in [("rprivate", false), ("rslave", true), ("rshared", true)] {
+        let nested = Nested::make("size=1m");
+        let mount = format!("type=bind,src={},dst=/data,options=rbind:rw:{propagation}", nested.0);
+        let pod = PodOfCtr::start("comes", &["--privileged", "--mount", &mount], SLEEP);
+        shell(&format!("mkdir {0}/later && mount -t tmpfs later {0}/later && touch {0}/later/file", nested.0));
+        let seen = || pod.exec(&[], &["ls", "-A", "/data/later"]).stdout;
+        if follows {
+            eventually(|| seen() == "file\n", "what the host mounts later is not in the container");
+            shell(&format!("umount {}/later", nested.0));
+            eventually(|| seen().is_empty(), "what the host unmounts stays in the container");
+        } else {
+            assert_eq!(seen(), "", "{propagation}");
+        }
+        // The other way it is the guest's alone.
+        let output = pod.exec(&[], &["sh", "-c", "mkdir /data/own && mount --bind /bin /data/own && ls -A /data/own"]);
+        assert!(output.code == 0 && output.stdout.contains("busybox"), "{output:?}");
+        assert_eq!(shell(&format!("ls -A {}/own", nested.0)), "", "{propagation}");
+    }
 }
 
 fn flags_of_the_hosts_mounts_hold_in_containers() {
