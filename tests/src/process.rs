@@ -5,6 +5,7 @@ use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, ctr_ok, id, run_pod, shell};
 use crate::host::{self, eventually};
 
 pub const TESTS: &[Test] = &[
+    ("a_setuid_program_is_its_owners_where_privileges_may_be_gained", a_setuid_program_is_its_owners_where_privileges_may_be_gained),
     ("exit_codes_come_back", exit_codes_come_back),
     ("a_missing_program_is_named_and_exits_127", a_missing_program_is_named_and_exits_127),
     ("environment_folder_user_and_groups_are_the_specs", environment_folder_user_and_groups_are_the_specs),
@@ -247,4 +248,19 @@ fn a_memory_limit_kills_the_process_and_not_the_pod() {
     let output = pod.exec(&[], &["sh", "-c", "dd if=/dev/zero of=/dev/shm/fill bs=1M count=60; echo code $?"]);
     assert!(output.stdout.contains("code 137") && output.stderr.contains("Killed"), "{output:?}");
     assert_eq!(pod.status().as_deref(), Some("RUNNING"));
+}
+
+fn a_setuid_program_is_its_owners_where_privileges_may_be_gained() {
+    // busybox drops such rights by itself.
+    let folder = format!("/tmp/{}", id("setuid"));
+    shell(&format!("mkdir {folder} && cp /usr/bin/id {folder}/id && chmod 4755 {folder}/id"));
+    let programs = format!("type=bind,src={folder},dst=/setuid,options=rbind:ro");
+    let library = |from: &str, to: &str| format!("type=bind,src={from},dst={to},options=rbind:ro");
+    let libraries = [library("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu"), library("/usr/lib64", "/lib64")];
+    let usual = ["--user", "1000", "--mount", &programs, "--mount", &libraries[0], "--mount", &libraries[1]];
+    for (options, user) in [(&["--allow-new-privs"][..], "0\n"), (&[], "1000\n")] {
+        let output = run_pod(&[options, &usual].concat(), &["/setuid/id", "-u"]);
+        assert_eq!((output.code, output.stdout.as_str()), (0, user), "{options:?}: {output:?}");
+    }
+    shell(&format!("rm -r {folder}"));
 }

@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     ("an_exec_is_a_conversation_with_an_exit_code", an_exec_is_a_conversation_with_an_exit_code),
     ("an_exec_with_a_terminal_has_its_size", an_exec_with_a_terminal_has_its_size),
     ("a_container_can_be_attached_to_again", a_container_can_be_attached_to_again),
+    ("standard_input_that_is_given_once_ends_with_who_gave_it", standard_input_that_is_given_once_ends_with_who_gave_it),
     ("forwarded_ports_reach_the_pod", forwarded_ports_reach_the_pod),
 ];
 
@@ -139,6 +140,17 @@ fn a_container_can_be_attached_to_again() {
     let log = || std::fs::read_to_string(format!("{}/first.log", pod.config.log_directory)).unwrap();
     let all = ["stdout F said one", "stdout F said two", "stderr F aside"];
     eventually(|| all.iter().all(|line| log().contains(line)), "the log lacks what was said");
+}
+
+fn standard_input_that_is_given_once_ends_with_who_gave_it() {
+    let mut pod = Pod::start(|_| ());
+    let container = pod.run("once", "cat; exit 5", |config| (config.stdin, config.stdin_once) = (true, true));
+    let request = AttachRequest { container_id: container.clone(), stdin: true, tty: false, stdout: true, stderr: true };
+    let mut stream = Stream::open(&pod.cri.call(|client| client.attach(request)).unwrap().url);
+    stream.send(STDIN, b"a word\n");
+    stream.wait_for(STDOUT, "a word\n");
+    stream.socket.close(None).unwrap();
+    assert_eq!(pod.wait_for_exit(&container), 5);
 }
 
 fn forwarded_ports_reach_the_pod() {
