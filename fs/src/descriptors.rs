@@ -2,15 +2,16 @@
 //!
 //! A guest with much memory remembers more files than a process may have open, and virtio-fs has no word by which its kernel
 //! could be told to forget some. So the shim is told, at three quarters of what there may be, and its agent has the kernel
-//! do it. When seven eighths are in use, requests that take a descriptor wait for that, each for a bounded time.
+//! do it. When seven eighths are in use, requests that take a descriptor wait for that, each for a bounded time, and none
+//! any more once one has waited in vain: then the guest has use for so many.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// For so long a request waits at most.
+/// For so long a request waits at most, from when it came.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// While it waits, it looks, and the shim is told again, so often.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -22,6 +23,8 @@ pub struct Descriptors {
     used: AtomicU64,
     /// When so many are in use, the shim is told.
     tell_at: AtomicU64,
+    /// Whether a request has waited in vain since there was room.
+    in_vain: AtomicBool,
     /// The largest inode that the guest knows: they are numbered as they are found, and no number comes twice. Held
     /// while another is looked up, so that they are seen in that order.
     newest: Mutex<u64>,
@@ -32,7 +35,7 @@ impl Descriptors {
     /// For so many at most; `tell` has the guest forget what it does not use, and does not wait for that.
     pub fn new(limit: u64, tell: impl Fn() + Send + Sync + 'static) -> Self {
         let (used, tell_at) = (AtomicU64::new(0), AtomicU64::new(limit / 4 * 3));
-        Self { limit, used, tell_at, newest: Mutex::new(0), tell: Box::new(tell) }
+        Self { limit, used, tell_at, in_vain: AtomicBool::new(false), newest: Mutex::new(0), tell: Box::new(tell) }
     }
 
     /// Answers with a file, of the inode that `inode` reads from the answer; it takes a descriptor when the guest does not
@@ -42,13 +45,25 @@ impl Descriptors {
     /// Those of `find`.
     pub fn answer<T>(&self, find: impl FnOnce() -> io::Result<T>, inode: impl FnOnce(&T) -> u64) -> io::Result<T> {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = find()?;
+        let found = self.mind(find())?;
         let inode = inode(&found);
         if inode > *newest {
             *newest = inode;
             self.take();
         }
         Ok(found)
+    }
+
+    /// Has the guest told when a request found no descriptor left, whatever the count says: a file that was found by a
+    /// request that failed after all is not in it.
+    ///
+    /// # Errors
+    /// Those of `outcome`.
+    pub fn mind<T>(&self, outcome: io::Result<T>) -> io::Result<T> {
+        if outcome.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENFILE)) {
+            (self.tell)();
+        }
+        outcome
     }
 
     /// Another is in use.
@@ -67,6 +82,7 @@ impl Descriptors {
         let used = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| used.checked_sub(1));
         if used.is_ok_and(|used| used == self.limit / 8 * 5) {
             self.tell_at.store(self.limit / 4 * 3, Ordering::Relaxed);
+            self.in_vain.store(false, Ordering::Relaxed);
         }
     }
 
@@ -74,17 +90,23 @@ impl Descriptors {
     pub fn clear(&self) {
         self.used.store(0, Ordering::Relaxed);
         self.tell_at.store(self.limit / 4 * 3, Ordering::Relaxed);
+        self.in_vain.store(false, Ordering::Relaxed);
     }
 
     /// Whether a request that takes one had better wait.
     pub fn are_short(&self) -> bool {
-        self.used.load(Ordering::Relaxed) >= self.limit / 8 * 7
+        self.used.load(Ordering::Relaxed) >= self.limit / 8 * 7 && !self.in_vain.load(Ordering::Relaxed)
     }
 
-    /// Waits until the guest has forgotten enough, for a bounded time: what is tried then may find none left.
-    pub fn wait(&self) {
-        let (begin, mut told) = (Instant::now(), None::<Instant>);
-        while self.are_short() && begin.elapsed() < PATIENCE {
+    /// Has a request wait that came at `begin`, until the guest has forgotten enough, or for a bounded time: what is tried
+    /// then may find none left.
+    pub fn wait(&self, begin: Instant) {
+        let mut told = None::<Instant>;
+        while self.are_short() {
+            if begin.elapsed() > PATIENCE {
+                self.in_vain.store(true, Ordering::Relaxed);
+                return;
+            }
             if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
                 (self.tell)();
                 told = Some(Instant::now());
@@ -140,17 +162,45 @@ mod tests {
     }
 
     #[test]
+    fn nobody_waits_after_one_that_waited_in_vain_until_there_was_room() {
+        let (descriptors, _) = counted();
+        (0..60).for_each(|_| descriptors.take());
+        assert!(descriptors.are_short());
+        descriptors.wait(Instant::now().checked_sub(PATIENCE).unwrap());
+        assert!(!descriptors.are_short());
+        (0..21).for_each(|_| descriptors.give_back());
+        (0..21).for_each(|_| descriptors.take());
+        assert!(descriptors.are_short());
+    }
+
+    #[test]
+    fn a_request_that_finds_none_left_has_the_guest_told() {
+        let (descriptors, told) = counted();
+        let fail = |error| assert!(descriptors.mind(Err::<(), _>(io::Error::from_raw_os_error(error))).is_err());
+        fail(libc::ENOENT);
+        assert_eq!(told.load(Ordering::Relaxed), 0);
+        fail(libc::ENFILE);
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
     fn who_waits_goes_on_when_there_is_room() {
         let (descriptors, told) = counted();
+        let descriptors = &descriptors;
         (0..60).for_each(|_| descriptors.take());
         let before = told.load(Ordering::Relaxed);
         thread::scope(|scope| {
-            let waits = scope.spawn(|| descriptors.wait());
+            let begin = Instant::now();
+            let waits = scope.spawn(move || {
+                descriptors.wait(begin);
+                begin.elapsed()
+            });
             while told.load(Ordering::Relaxed) == before {
                 thread::sleep(Duration::from_millis(1));
             }
             assert!(!waits.is_finished());
             (0..40).for_each(|_| descriptors.give_back());
+            assert!(waits.join().unwrap() < PATIENCE);
         });
         // A guest that forgets more than it has is none the richer.
         (0..100).for_each(|_| descriptors.give_back());

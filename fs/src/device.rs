@@ -46,8 +46,8 @@ type Loaded = GuestMemoryLoadGuard<GuestMemoryMmap<BitmapMmapRegion>>;
 type Vring = VringMutex<Memory>;
 /// Ends the process, for the reason that it is given.
 type Fail = Arc<dyn Fn(String) + Send + Sync>;
-/// A request that waits for a worker.
-type Job = Box<dyn FnOnce() + Send>;
+/// A request that waits for a worker; it hears whether it is one that runs it.
+type Job = Box<dyn FnOnce(bool) + Send>;
 
 /// The device.
 pub struct Device<F: FileSystem + Send + Sync + 'static> {
@@ -109,15 +109,16 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
             served += 1;
             let (shared, vring, memory) = (Arc::clone(&self.shared), vring.clone(), memory.clone());
             let kind = kind(&memory.memory(), &chain);
-            if self.workers.count > 0 && takes_descriptor(kind) && self.descriptors.are_short() {
-                // What the guest forgets is heard of here meanwhile.
-                let descriptors = Arc::clone(&self.descriptors);
-                self.workers.give(Box::new(move || {
-                    descriptors.wait();
+            let is_short = takes_descriptor(kind) && self.descriptors.are_short();
+            if is_short || may_wait(kind) {
+                let (descriptors, begin) = (Arc::clone(&self.descriptors), Instant::now());
+                self.workers.give(Box::new(move |by_worker| {
+                    // What the guest forgets is heard of here meanwhile.
+                    if is_short && by_worker {
+                        descriptors.wait(begin);
+                    }
                     shared.answer_or_fail(&memory, &vring, chain, kind);
                 }));
-            } else if may_wait(kind) {
-                self.workers.give(Box::new(move || shared.answer_or_fail(&memory, &vring, chain, kind)));
             } else {
                 shared.answer(&memory, &vring, chain, kind)?;
             }
@@ -252,9 +253,9 @@ struct Workers {
 impl Workers {
     /// Has a worker do something, or does it at once when there is none, or they have enough to do.
     fn give(&self, job: Job) {
-        let Some(jobs) = self.jobs.get_or_init(|| self.start()) else { return job() };
+        let Some(jobs) = self.jobs.get_or_init(|| self.start()) else { return job(false) };
         if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = jobs.try_send(job) {
-            job();
+            job(false);
         }
     }
 
@@ -279,13 +280,12 @@ fn work(jobs: &Mutex<Receiver<Job>>) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else { return };
-        job();
+        job(true);
     }
 }
 
 #[cfg(test)]
 mod tests {
-
     use std::sync::mpsc::{Sender, channel};
     use virtiofsd::filesystem::{Context, FsOptions};
     use virtiofsd::fuse::Attr;
@@ -301,6 +301,7 @@ mod tests {
     const ROOM: u64 = 0x400;
     const SIZE: u16 = 16;
     const GETATTR: u32 = 3;
+    const OPEN: u32 = 14;
     const FSYNC: u32 = 20;
 
     /// A file system that takes its time, and in which nothing is synced until it is let go.
@@ -412,6 +413,19 @@ mod tests {
     }
 
     #[test]
+    fn what_takes_a_descriptor_waits_until_there_is_room_and_the_rest_does_not() {
+        let (device, _let_go, _reasons) = device(Duration::ZERO, 1);
+        (0..900).for_each(|_| device.descriptors.take());
+        let mut guest = Guest::new(&device);
+        guest.offer(OPEN);
+        guest.offer(GETATTR);
+        kick(&device, &guest);
+        assert_eq!(guest.answered(1), [1]);
+        (0..100).for_each(|_| device.descriptors.give_back());
+        assert_eq!(guest.answered(2), [1, 0]);
+    }
+
+    #[test]
     fn without_workers_requests_are_answered_in_order() {
         let (device, let_go, _reasons) = device(Duration::ZERO, 0);
         let mut guest = Guest::new(&device);
@@ -465,9 +479,8 @@ mod tests {
     fn a_request_whose_header_begins_with_nothing_needs_room_for_its_answer_too() {
         let (device, _let_go, reasons) = device(Duration::ZERO, 0);
         let mut guest = Guest::new(&device);
-        guest.offer(GETATTR);
-        guest.write(38_u32, DATA + 4);
         // The first descriptor is of no bytes, before DESTROY, and the header is in the second, with READDIR.
+        guest.offer(38);
         guest.write(0_u32, DESCRIPTORS + 8);
         guest.write([64_u32, 28], DATA + ROOM / 2);
         guest.write([0_u16, 0], DESCRIPTORS + 16 + 12);

@@ -109,8 +109,8 @@ impl Share {
     /// The guest forgets a file, once for each time that it was told of it.
     fn forget_one(&self, ctx: Context, inode: Inode, count: u64) {
         self.fs.forget(ctx, inode, count);
-        // It may have been told of it again meanwhile.
-        if self.fs.getattr(ctx, inode, None).is_err() {
+        // It may have been told of it again meanwhile. The server says that it knows no such file otherwise.
+        if self.fs.getattr(ctx, inode, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)) {
             self.descriptors.give_back();
         }
     }
@@ -152,7 +152,7 @@ impl FileSystem for Share {
     type DirIter = DirIter;
 
     fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
-        let (handle, mut options) = self.fs.open(ctx, inode, kill_priv, flags)?;
+        let (handle, mut options) = self.descriptors.mind(self.fs.open(ctx, inode, kill_priv, flags))?;
         let handle = self.hold(handle);
         // The state is that of after the open: what the guest reads from now on is that or newer.
         if let Some(mut opened) = self.opened()
@@ -205,7 +205,7 @@ impl FileSystem for Share {
     }
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
-        self.fs.opendir(ctx, inode, flags).map(|(handle, options)| (self.hold(handle), options))
+        self.descriptors.mind(self.fs.opendir(ctx, inode, flags)).map(|(handle, options)| (self.hold(handle), options))
     }
 
     fn release(

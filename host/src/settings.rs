@@ -98,6 +98,8 @@ fn lay_over(config: &mut Config, file: &Path) -> Result<(), SettingsError> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     #[test]
@@ -134,17 +136,20 @@ mod tests {
         std::fs::write(&handler, "[vm]\nvcpus = 2\nmemory_mib = 128\n[tenant]\nname = \"acme\"\n").unwrap();
         std::fs::create_dir(dir.path().join("tenants")).unwrap();
         std::fs::write(dir.path().join("tenants/umbra.toml"), "[vm]\nvcpus = 4\n[annotations]\nallowed = []\n").unwrap();
-        let mut config = load_for(&path, Some(&handler)).unwrap();
-        let mut annotations =
+        let config = load_for(&path, Some(&handler)).unwrap();
+        let mut annotations: BTreeMap<String, String> =
             [("io.caisson.tenant.name", "umbra"), ("other", "kept")].map(|(name, value)| (name.into(), value.into())).into();
-        assert_eq!(config.take_tenant(&mut annotations).unwrap(), "umbra");
+        let mut of_nobody = load_for(&path, None).unwrap();
+        assert_eq!(of_nobody.take_tenant(&mut annotations.clone()).unwrap(), "umbra");
+        let error = config.take_tenant(&mut annotations).unwrap_err().to_string();
+        assert!(error.contains("is \"umbra\", and the configuration has the pod belong to \"acme\""), "{error}");
         assert_eq!((annotations.len(), config.take_tenant(&mut annotations).unwrap().as_str()), (1, "acme"));
-        lay_tenant(&mut config, &path, "umbra").unwrap();
-        assert_eq!((config.vcpus, config.memory_mib), (4, 128));
-        let error = lay_tenant(&mut config, &path, "acme").unwrap_err().to_string();
+        lay_tenant(&mut of_nobody, &path, "umbra").unwrap();
+        assert_eq!((of_nobody.vcpus, of_nobody.memory_mib), (4, Config::default().memory_mib));
+        let error = lay_tenant(&mut of_nobody, &path, "acme").unwrap_err().to_string();
         assert!(error.starts_with("read configuration ") && error.ends_with("/tenants/acme.toml"), "{error}");
         annotations.insert("io.caisson.tenant.name".into(), "umbra".into());
-        assert!(config.take_tenant(&mut annotations).unwrap_err().to_string().contains("tenant.name is not allowed on this host"));
+        assert!(of_nobody.take_tenant(&mut annotations).unwrap_err().to_string().contains("tenant.name is not allowed on this host"));
     }
 
     #[test]

@@ -227,6 +227,14 @@ pub enum ConfigError {
         /// What is allowed.
         allowed: &'static str,
     },
+    /// A pod of one tenant that says it is of another.
+    #[error("annotation {ANNOTATION_PREFIX}tenant.name is {asked:?}, and the configuration has the pod belong to {tenant:?}")]
+    OfAnother {
+        /// By the annotation.
+        asked: String,
+        /// By the configuration.
+        tenant: String,
+    },
     /// The configuration does not let pods set this.
     #[error("annotation {ANNOTATION_PREFIX}{key} is not allowed on this host; annotations.allowed lists {allowed}")]
     NotAllowed {
@@ -289,16 +297,17 @@ impl Config {
         Ok(())
     }
 
-    /// Whom a pod belongs to, by its annotation, which is taken away, or by the configuration; nobody where it is empty.
+    /// Whom a pod belongs to: by the configuration, or else by its annotation, which is taken away; nobody where it is empty.
     ///
     /// # Errors
-    /// When the annotation is not allowed, or has a bad value.
+    /// When the annotation is not allowed, has a bad value, or names another than the configuration does.
     pub fn take_tenant(&self, annotations: &mut BTreeMap<String, String>) -> Result<String, ConfigError> {
         let mut chosen = self.clone();
         chosen.apply_annotations(
             annotations.remove_entry(&format!("{ANNOTATION_PREFIX}tenant.name")).iter().map(|(name, value)| (name, value)),
         )?;
-        Ok(chosen.tenant.name)
+        let (asked, tenant) = (chosen.tenant.name, &self.tenant.name);
+        if tenant.is_empty() || *tenant == asked { Ok(asked) } else { Err(ConfigError::OfAnother { asked, tenant: tenant.clone() }) }
     }
 
     /// Lays a pod's `io.caisson.*` annotations over what is there; others are passed over.

@@ -1,6 +1,6 @@
 //! The pod's cgroup on the host: where the memory and CPU of its processes are counted.
 //!
-//! The path that containerd asks for is used: in the one hierarchy of cgroup v2, or in those of v1 that
+//! The path that containerd asks for is used, or one in the cgroup of the pod's tenant: in the one hierarchy of cgroup v2, or in those of v1 that
 //! count and limit what the processes use. A path in systemd's form is a scope that systemd makes, where it runs.
 
 use std::io::Write;
@@ -167,10 +167,15 @@ fn slice_path(slice: &str) -> PathBuf {
     path
 }
 
+/// Whether the host has cgroup v2.
+fn is_unified() -> bool {
+    Path::new(MOUNT).join("cgroup.controllers").exists()
+}
+
 /// The roots of the host's hierarchies: one with cgroup v2, one for each controller or pair with v1.
 fn hierarchies() -> Vec<PathBuf> {
     let mount = Path::new(MOUNT);
-    if mount.join("cgroup.controllers").exists() {
+    if is_unified() {
         return vec![mount.to_owned()];
     }
     // A link is the name of one of a pair.
@@ -205,12 +210,12 @@ pub fn limit(tenant: &Tenant) -> Result<()> {
     ];
     let path = tenant.cgroup.trim_start_matches('/');
     for (controller, file, v1_file, value, text) in limits.into_iter().filter(|limit| limit.3 > 0) {
-        let unified = Path::new(MOUNT).join("cgroup.controllers").exists();
         let (root, file, text) =
-            if unified { (PathBuf::from(MOUNT), file, text) } else { (Path::new(MOUNT).join(controller), v1_file, value.to_string()) };
+            if is_unified() { (PathBuf::from(MOUNT), file, text) } else { (Path::new(MOUNT).join(controller), v1_file, value.to_string()) };
+        ensure!(root.join("cgroup.procs").exists(), "limit the tenant's pods: the host has no cgroups of {controller}");
         let dir = root.join(path);
         make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
-        if unified {
+        if is_unified() {
             // The controller is to be had from all above. Where it is not, it shows when the limit is set.
             let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|above| above.starts_with(&root)).collect();
             for group in above.into_iter().rev() {

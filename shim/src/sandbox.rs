@@ -397,11 +397,8 @@ pub async fn count_for_pod(config: &Config, store: &Store, spec: &spec::Spec, pi
     let of_tenant = Place::of_tenant(&config.tenant, &namespace, &pod)?;
     let Some(place) = of_tenant.or_else(|| spec.cgroups_path().and_then(Place::parse)) else { return Ok(()) };
     store.change(|record| record.cgroup = Some(place.path.clone()))?;
-    let joined = match cgroup::limit(&config.tenant) {
-        Ok(()) => place.join(pids).await,
-        failed => failed,
-    };
-    match joined {
+    cgroup::limit(&config.tenant)?;
+    match place.join(pids).await {
         // Who is not root has cgroups only where they were delegated. What was made of this one stays on record, to go with the pod.
         Err(error) if users::are_few() => {
             log::warn!("the pod is not in a cgroup of its own: {error:#}");
@@ -426,6 +423,9 @@ async fn watch_health(sandbox: Arc<Sandbox>, interval: Duration) {
     }
 }
 
+/// From a guest that did not do as it was asked to the next time that it is.
+const AFTER_FAILURE: Duration = Duration::from_secs(10);
+
 /// Has the guest forget files that nobody uses, whenever the virtio-fs server has little room for more.
 async fn watch_files(sandbox: Arc<Sandbox>) {
     let mut ended = sandbox.ended();
@@ -437,6 +437,7 @@ async fn watch_files(sandbox: Arc<Sandbox>) {
         if let Err(error) = sandbox.agent.forget_files().await {
             // What waits for it has its bound, and says then what it lacks.
             log::warn!("have the guest forget files: {error}");
+            tokio::time::sleep(AFTER_FAILURE).await;
         }
     }
 }

@@ -6,12 +6,13 @@ use k8s_cri::v1::{ContainerStatsRequest, LinuxContainerResources};
 
 use crate::Test;
 use crate::cri;
-use crate::ctr::{Pod, shell};
+use crate::ctr::{Pod, run_pod, shell};
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
     ("cgroup_v1_has_a_pods_processes_in_each_hierarchy", cgroup_v1_has_a_pods_processes_in_each_hierarchy),
     ("cgroup_v1_limits_a_kubernetes_pod", cgroup_v1_limits_a_kubernetes_pod),
+    ("cgroup_v1_limits_a_tenant_where_it_has_the_controller", cgroup_v1_limits_a_tenant_where_it_has_the_controller),
 ];
 
 /// Those that count or limit what a pod's processes use, of what the node's kernel has of v1.
@@ -68,5 +69,25 @@ fn cgroup_v1_limits_a_kubernetes_pod() {
     for hierarchy in COUNTING {
         shell(&format!("rmdir /sys/fs/cgroup/{hierarchy}/pods"));
     }
+    assert_nothing_left(&before);
+}
+
+fn cgroup_v1_limits_a_tenant_where_it_has_the_controller() {
+    let before = Inventory::take();
+    let config = "/tmp/tenant.toml";
+    std::fs::write(config, "[tenant]\ncgroup = \"/acme\"\ncpus = 2\nprocesses = 200\n").unwrap();
+    {
+        let pod = Pod::start("limited", &["--runtime-config-path", config], "sleep 1000");
+        let place = format!("/acme/default/{}", pod.id);
+        assert_eq!((processes("pids", &place).len(), processes("blkio", &place).len()), (2, 2));
+        assert_eq!(shell("cat /sys/fs/cgroup/pids/acme/pids.max /sys/fs/cgroup/cpu/acme/cpu.cfs_quota_us"), "200\n200000");
+    }
+    std::fs::write(config, "[tenant]\ncgroup = \"/acme\"\nmemory_mib = 512\n").unwrap();
+    let refused = run_pod(&["--runtime-config-path", config], &["true"]);
+    assert!(refused.stderr.contains("limit the tenant's pods: the host has no cgroups of memory"), "{refused:?}");
+    for hierarchy in COUNTING {
+        shell(&format!("rmdir /sys/fs/cgroup/{hierarchy}/acme"));
+    }
+    shell(&format!("rm {config}"));
     assert_nothing_left(&before);
 }

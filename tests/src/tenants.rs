@@ -59,6 +59,7 @@ impl Tenants {
 
 impl Drop for Tenants {
     fn drop(&mut self) {
+        run("bash", &["-c", "pkill -x busybox; ip netns del outside; rm -f /tmp/index"]);
         for tenant in Self::NAMES {
             let files = format!("/etc/caisson/tenants/{tenant}.toml /etc/cni/{tenant} /var/lib/cni/networks/{tenant}");
             shell(&format!("rm -rf {files}; groupdel {tenant}; ip link del tenant-{tenant} 2>/dev/null; true"));
@@ -135,7 +136,6 @@ fn two_tenants_of_a_host_share_no_network_user_or_cgroup() {
             assert_eq!(shell(&format!("stat -c %G:%a {folder}")), format!("{tenant}:750"));
         }
     }
-    run("bash", &["-c", "pkill -x busybox; ip netns del outside; rm -f /tmp/index"]);
     assert_eq!(shell("find /sys/fs/cgroup/tenants -mindepth 2 -type d"), "", "the pods' cgroups");
 }
 

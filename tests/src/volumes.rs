@@ -347,7 +347,7 @@ fn a_guest_sees_more_files_than_its_server_may_hold_open() {
     assert!(limit < FILES, "the node's containerd lets a process open {limit} files: the test needs more");
     // Twice at once, and then as the guest remembers the last ones.
     let count = "[ $(ls -l /many | wc -l) = 6001 ]";
-    let walks = format!("(find /many -size 1000 & {count} && wait) && {count} && echo new > /many/new && cat /many/new");
+    let walks = format!("(find /many -size 1000 & {count} && wait $!) && {count} && echo new > /many/new && cat /many/new");
     let output = pod.exec(&[], &["sh", "-c", &walks]);
     assert_eq!((output.code, output.stdout.as_str()), (0, "new\n"), "{output:?}");
     let open = || std::fs::read_dir(format!("{server}/fd")).unwrap().count();

@@ -50,7 +50,7 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Feed the parsers of hostile bytes with what breaks them, if anything does
     Fuzz(fuzz::FuzzArgs),
-    /// Run the unit tests of all crates with unsafe code under AddressSanitizer
+    /// Run the unit tests of VMM, file server, agent and what they share under AddressSanitizer
     Sanitize,
     /// Check the house rules
     Tidy,

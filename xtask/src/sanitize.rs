@@ -1,4 +1,4 @@
-//! `cargo xtask sanitize`: the unit tests of all crates with unsafe code, under AddressSanitizer.
+//! `cargo xtask sanitize`: the unit tests of what works on a guest's bytes, and of what it shares, under AddressSanitizer.
 
 use anyhow::Result;
 use xshell::{Shell, cmd};

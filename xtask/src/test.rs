@@ -51,7 +51,7 @@ pub fn run(filter: Option<&str>) -> Result<i32> {
     Ok(i32::from(all.failed > 0))
 }
 
-/// For each fuzz target, and the number that its inputs are drawn from: two runs of a tree try much the same.
+/// For each fuzz target, and the number that its inputs are drawn from: two runs of a fresh tree try much the same.
 /// `cargo xtask fuzz` runs them for longer and goes other ways each time.
 const FUZZ_SECONDS: u32 = 5;
 const FUZZ_CHANCE: u32 = 1;
@@ -139,6 +139,8 @@ fn node_tests(share: &Path, cgroup_v1: bool, filter: Option<&str>) -> Result<Tal
         let mut command: Vec<String> = ["bash", "-c", NODE_SCRIPT, "node-tests"].map(str::to_owned).to_vec();
         command.extend(filter.map(str::to_owned));
         command.extend(done.iter().flat_map(|name| ["--skip".to_owned(), name.clone()]));
+        // Results of the run before are no results of this one.
+        let _ = std::fs::remove_file(share.join("output"));
         let ended = node::run(&NodeArgs { cgroup_v1, ..NodeArgs::usual(share, command) });
         let output = std::fs::read_to_string(share.join("output")).unwrap_or_default();
         for (name, failed) in results(&output) {

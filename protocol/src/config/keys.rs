@@ -360,7 +360,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "fs.threads",
-        "threads of the virtio-fs server for requests that wait for disks (fsync, fallocate, copies), 0 to have all others wait as well",
+        "threads of the virtio-fs server for requests that wait for disks (fsync, fallocate, copies) or for open files, 0 to have all others wait for disks as well, and none for open files",
         "0 to 64",
         |c, v| c.fs_threads = integer(&v, 0, 64)?,
         |c| c.fs_threads.to_string()
