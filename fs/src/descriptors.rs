@@ -34,8 +34,10 @@ pub struct Descriptors {
 impl Descriptors {
     /// For so many at most; `tell` has the guest forget what it does not use, and does not wait for that.
     pub fn new(limit: u64, tell: impl Fn() + Send + Sync + 'static) -> Self {
-        let (used, tell_at) = (AtomicU64::new(0), AtomicU64::new(limit / 4 * 3));
-        Self { limit, used, tell_at, in_vain: AtomicBool::new(false), newest: Mutex::new(0), tell: Box::new(tell) }
+        let (used, tell_at, in_vain) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        let new = Self { limit, used, tell_at, in_vain, newest: Mutex::new(0), tell: Box::new(tell) };
+        new.begin_anew();
+        new
     }
 
     /// Answers with a file, of the inode that `inode` reads from the answer; it takes a descriptor when the guest does not
@@ -81,14 +83,18 @@ impl Descriptors {
         // Never below none, whatever a guest says that it forgets.
         let used = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| used.checked_sub(1));
         if used.is_ok_and(|used| used == self.limit / 8 * 5) {
-            self.tell_at.store(self.limit / 4 * 3, Ordering::Relaxed);
-            self.in_vain.store(false, Ordering::Relaxed);
+            self.begin_anew();
         }
     }
 
     /// None is in use any more.
     pub fn clear(&self) {
         self.used.store(0, Ordering::Relaxed);
+        self.begin_anew();
+    }
+
+    /// There is room: what was said and waited for until now does not count any more.
+    fn begin_anew(&self) {
         self.tell_at.store(self.limit / 4 * 3, Ordering::Relaxed);
         self.in_vain.store(false, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! kick --> look at both queues --> answer in place ----------------> look again, for a while --> sleep
-//!                             \--> what may wait for disks --> a worker answers
+//!                             \--> what may wait --> a worker answers
 //! ```
 //!
 //! A guest's program mostly makes its requests one after another, and what one costs is waking this thread, more than the

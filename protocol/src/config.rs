@@ -132,7 +132,7 @@ pub struct Config {
     pub fs_id_base: u32,
     /// `fs.mapped_volumes`
     pub fs_mapped_volumes: Vec<PathBuf>,
-    /// Threads of the virtio-fs server for requests that wait for disks.
+    /// Threads of the virtio-fs server for requests that wait.
     pub fs_threads: u32,
     /// For so long the virtio-fs server looks for a request before it sleeps, in microseconds.
     pub fs_poll_us: u32,

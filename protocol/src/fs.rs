@@ -14,7 +14,7 @@ pub struct FsConfig {
     pub cache: CachePolicy,
     /// Whether the guest may collect writes before it makes them.
     pub writeback: bool,
-    /// Threads for requests that wait for disks, 0 to serve them like the others.
+    /// Threads for requests that wait for disks or for descriptors, 0 to serve them like the others.
     pub threads: usize,
     /// For so long the server looks for the guest's next request before it sleeps, in microseconds.
     pub poll_us: u32,

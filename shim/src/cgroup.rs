@@ -1,7 +1,7 @@
 //! The pod's cgroup on the host: where the memory and CPU of its processes are counted.
 //!
-//! The path that containerd asks for is used, or one in the cgroup of the pod's tenant: in the one hierarchy of cgroup v2, or in those of v1 that
-//! count and limit what the processes use. A path in systemd's form is a scope that systemd makes, where it runs.
+//! The path that containerd asks for is used, or one in the cgroup of the pod's tenant: in the one hierarchy
+//! of cgroup v2, or in those of v1 that count and limit what the processes use. A path in systemd's form is a scope that systemd makes, where it runs.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -201,29 +201,28 @@ fn make(dir: &Path) -> std::io::Result<()> {
 /// # Errors
 /// When the host does not have them.
 pub fn limit(tenant: &Tenant) -> Result<()> {
-    // By the controller, its file of cgroup v2 and of v1, and what is written to each. v1 has a period of 100 ms by itself.
-    let (bytes, cpu_us, processes) = (tenant.memory_mib << 20, u64::from(tenant.cpus) * 100_000, u64::from(tenant.processes));
+    let unified = is_unified();
+    // By the controller, with its file of cgroup v2 and of v1. Of CPU time it is microseconds, of a period that is 100 ms by itself.
     let limits = [
-        ("memory", "memory.max", "memory.limit_in_bytes", bytes, bytes.to_string()),
-        ("cpu", "cpu.max", "cpu.cfs_quota_us", cpu_us, format!("{cpu_us} 100000")),
-        ("pids", "pids.max", "pids.max", processes, processes.to_string()),
+        ("memory", "memory.max", "memory.limit_in_bytes", tenant.memory_mib << 20),
+        ("cpu", "cpu.max", "cpu.cfs_quota_us", u64::from(tenant.cpus) * 100_000),
+        ("pids", "pids.max", "pids.max", u64::from(tenant.processes)),
     ];
-    let path = tenant.cgroup.trim_start_matches('/');
-    for (controller, file, v1_file, value, text) in limits.into_iter().filter(|limit| limit.3 > 0) {
-        let (root, file, text) =
-            if is_unified() { (PathBuf::from(MOUNT), file, text) } else { (Path::new(MOUNT).join(controller), v1_file, value.to_string()) };
+    for (controller, file, v1_file, value) in limits.into_iter().filter(|(.., value)| *value > 0) {
+        let (root, file) = if unified { (PathBuf::from(MOUNT), file) } else { (Path::new(MOUNT).join(controller), v1_file) };
         ensure!(root.join("cgroup.procs").exists(), "limit the tenant's pods: the host has no cgroups of {controller}");
-        let dir = root.join(path);
+        let dir = root.join(tenant.cgroup.trim_start_matches('/'));
         make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
-        if is_unified() {
+        if unified {
             // The controller is to be had from all above. Where it is not, it shows when the limit is set.
             let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|above| above.starts_with(&root)).collect();
             for group in above.into_iter().rev() {
                 let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }
-        std::fs::write(dir.join(file), &text)
-            .with_context(|| format!("limit the tenant's pods: write {text:?} to {}", dir.join(file).display()))?;
+        let file = dir.join(file);
+        std::fs::write(&file, value.to_string())
+            .with_context(|| format!("limit the tenant's pods: write \"{value}\" to {}", file.display()))?;
     }
     Ok(())
 }

@@ -64,19 +64,7 @@ impl Machine {
     /// # Errors
     /// What is wrong with configuration or annotations, and the step that failed; nothing is left.
     pub async fn boot(name: &Name, handler_config: Option<&Path>, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
-        let host = Path::new(config::PATH);
-        let (failed, invalid) = (|error| Error::Failed(anyhow::Error::from(error)), |error: ConfigError| Error::Invalid(error.to_string()));
-        let mut config = settings::load_for(host, handler_config).map_err(failed)?;
-        let mut annotations = spec.annotations();
-        let tenant = config.take_tenant(&mut annotations).map_err(invalid)?;
-        if !tenant.is_empty() {
-            settings::lay_tenant(&mut config, host, &tenant).map_err(failed)?;
-        }
-        spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
-        let limits = spec.pod_limits();
-        config.size_for(limits.memory, limits.cpus());
-        config.apply_annotations(&annotations).map_err(invalid)?;
-        check_id_base(&config, name, spec)?;
+        let config = configuration(name, handler_config, spec)?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()
         {
@@ -193,6 +181,24 @@ impl Machine {
         self.stop(reason);
         undo(&self.name, &self.config);
     }
+}
+
+/// What a pod is booted with: the host's settings, its handler's, its tenant's, its limits, its annotations.
+fn configuration(name: &Name, handler_config: Option<&Path>, spec: &Spec) -> Result<Config> {
+    let host = Path::new(config::PATH);
+    let (failed, invalid) = (|error| Error::Failed(anyhow::Error::from(error)), |error: ConfigError| Error::Invalid(error.to_string()));
+    let mut config = settings::load_for(host, handler_config).map_err(failed)?;
+    let mut annotations = spec.annotations();
+    let tenant = config.take_tenant(&mut annotations).map_err(invalid)?;
+    if !tenant.is_empty() {
+        settings::lay_tenant(&mut config, host, &tenant).map_err(failed)?;
+    }
+    spec.refuse_host_namespaces(&name.id, config.host_namespaces)?;
+    let limits = spec.pod_limits();
+    config.size_for(limits.memory, limits.cpus());
+    config.apply_annotations(&annotations).map_err(invalid)?;
+    check_id_base(&config, name, spec)?;
+    Ok(config)
 }
 
 /// Refuses what ids of the pod's own on the host exclude.

@@ -195,27 +195,20 @@ impl Boot<'_> {
         let (threads, poll_us) = (config.fs_threads as usize, config.fs_poll_us);
         let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads, poll_us };
         let (watched, crowded) = (Arc::clone(&vmm), Arc::new(Notify::new()));
-        let fs = start_fs(
-            &config.fs_path,
-            &store.share(),
-            config.fs_id_base,
-            &fs_config,
-            fs_listener,
-            Arc::clone(&crowded),
-            move |end| async move {
-                match end {
-                    FsEnd::Failed(reason) => watched.kill(&reason),
-                    // The server ends with a monitor that ends, and then it is the monitor that knows why.
-                    FsEnd::Gone(reason) => {
-                        if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
-                            watched.kill(&reason);
-                        }
+        let on_end = move |end| async move {
+            match end {
+                FsEnd::Failed(reason) => watched.kill(&reason),
+                // The server ends with a monitor that ends, and then it is the monitor that knows why.
+                FsEnd::Gone(reason) => {
+                    if tokio::time::timeout(LAST_WORDS, watched.ended().wait_for(Option::is_some)).await.is_err() {
+                        watched.kill(&reason);
                     }
                 }
-            },
-        )
-        .await
-        .context("start the virtio-fs server")?;
+            }
+        };
+        let fs = start_fs(&config.fs_path, &store.share(), config.fs_id_base, &fs_config, fs_listener, Arc::clone(&crowded), on_end)
+            .await
+            .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
         store.add_process("fs", fs.pid)?;
         count_for_pod(config, store, self.spec, &[vmm.pid(), fs.pid]).await?;

@@ -416,7 +416,7 @@ pub async fn start_fs<F: Future<Output = ()> + Send>(
     Ok(server)
 }
 
-/// Waits for the last word of a virtio-fs server, if it has one.
+/// Waits for the last word of a virtio-fs server, if it has one, and passes on until then when it is crowded.
 async fn failure(server: &Jailed, crowded: &Notify) -> Option<String> {
     loop {
         match server.receive::<fs::Event>().await {

@@ -81,6 +81,6 @@ impl CriContainerd {
 
 impl Drop for CriContainerd {
     fn drop(&mut self) {
-        run("bash", &["-c", "pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s"]);
+        run("bash", &["-c", "pkill -f '[c]onfig config.toml'; sleep 1; umount -l /tmp/c2s; rm -f /tmp/handlers.toml"]);
     }
 }

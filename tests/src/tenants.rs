@@ -129,7 +129,8 @@ fn two_tenants_of_a_host_share_no_network_user_or_cgroup() {
         for (member, uids, ids, tenant) in [(&one, 1_600_000_000, 1_900_000_000, "acme"), (&other, 1_600_010_000, 1_900_100_000, "umbra")] {
             let [(vmm, cgroup), (fs, other_cgroup)] = member.on_host();
             assert!((uids..uids + 4096).contains(&vmm) && fs == ids, "{tenant}: {vmm} {fs}");
-            assert_eq!((&cgroup, &cgroup), (&format!("0::/tenants/{tenant}/k8s.io/{}", member.pod.id), &other_cgroup));
+            let place = format!("0::/tenants/{tenant}/k8s.io/{}", member.pod.id);
+            assert_eq!((cgroup, other_cgroup), (place.clone(), place));
             let limits = shell(&format!("cd /sys/fs/cgroup/tenants/{tenant} && cat memory.max cpu.max pids.max"));
             assert_eq!(limits, format!("{}\n400000 100000\n4096", 8192_u64 << 20));
             let folder = format!("/run/caisson/k8s.io/{}", member.pod.id);
