@@ -5,13 +5,13 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
-use caisson_protocol::agent::{CreateContainerRequest, Stdio};
+use caisson_protocol::agent::{CreateContainerRequest, Layers, Stdio};
 use nix::unistd::Pid;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::hugepages::HugePages;
-use crate::init::{bundle_dir, process_file, spec_file};
+use crate::init::{self, bundle_dir, layers_file, process_file, spec_file};
 use crate::names::check_id;
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
@@ -120,14 +120,14 @@ impl Containers {
     ///
     /// Mounts within its volumes are found first. Returns that process's id.
     pub async fn create(&self, request: CreateContainerRequest) -> Result<u32, Error> {
-        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, memory_volumes, sockets, .. } = request;
+        let CreateContainerRequest { id, spec, stdio, inner_mounts, huge_page_bytes, memory_volumes, sockets, layers, .. } = request;
         let (id, stdio) = (id.as_str(), stdio.unwrap_or_default());
         check_id(id)?;
         let process = self.insert(id, "", stdio.clone())?;
         let mut process = process.lock().await;
         let (container, huge_pages) = (id.to_owned(), Arc::clone(&self.huge_pages));
         let made = blocking(move || {
-            let spec = prepare_bundle(&container, &spec)?;
+            let spec = prepare_bundle(&container, &spec, layers.into_option())?;
             inner_mounts.iter().for_each(|path| find_mount(path));
             huge_pages.reserve(&container, huge_page_bytes)?;
             memory_volumes.iter().try_for_each(memory_volumes::make)?;
@@ -361,10 +361,14 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T
 }
 
 /// Writes the specification where the container's processes read it.
-fn prepare_bundle(id: &str, spec: &[u8]) -> anyhow::Result<oci_spec::runtime::Spec> {
+fn prepare_bundle(id: &str, spec: &[u8], layers: Option<Layers>) -> anyhow::Result<oci_spec::runtime::Spec> {
     let parsed = serde_json::from_slice(spec).context("read the container's specification")?;
     std::fs::create_dir_all(bundle_dir(id)).context("create the bundle")?;
     std::fs::write(spec_file(id), spec).context("write the container's specification")?;
+    if let Some(Layers { folder, count, .. }) = layers {
+        let layers = serde_json::to_vec(&init::Layers { folder: folder.into(), count }).context("name the container's layers")?;
+        std::fs::write(layers_file(id), layers).context("write down the container's layers")?;
+    }
     Ok(parsed)
 }
 

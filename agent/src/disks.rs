@@ -16,20 +16,20 @@ use nix::mount::{MntFlags, mount, umount2};
 
 use crate::containers::Error;
 use crate::init::flags_and_data;
-use crate::machine;
 use crate::names::check_file_name;
+use crate::{machine, sys};
 
 /// For the last process of a container to be gone that used its files.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// The disks, by their places, with where they are mounted. Calls are made side by side: a disk that does
+/// The disks, by their places, with where what is on them is mounted. Calls are made side by side: a disk that does
 /// not answer holds up nobody but who asked for it.
 #[derive(Default, Clone)]
-pub struct Disks(Arc<Mutex<HashMap<u32, Option<PathBuf>>>>);
+pub struct Disks(Arc<Mutex<HashMap<u32, Vec<PathBuf>>>>);
 
 impl Disks {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u32, Option<PathBuf>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u32, Vec<PathBuf>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -40,20 +40,20 @@ impl Disks {
     pub fn attach(&self, request: &AttachDiskRequest) -> Result<(u32, u32)> {
         let place = request.place;
         match self.lock().entry(place) {
-            Entry::Vacant(entry) if place < DISKS => entry.insert(None),
+            Entry::Vacant(entry) if place < DISKS => entry.insert(Vec::new()),
             _ => bail!("disk {place}: there are {DISKS} places, each for one disk"),
         };
-        let found = machine::find_device(device(place)).and_then(|()| find(place, request.mount.as_ref()));
-        let Ok((_, target)) = &found else {
+        let found = machine::find_device(device(place)).and_then(|()| find(place, request));
+        let Ok((_, targets)) = &found else {
             self.lock().remove(&place);
             // Why it failed comes first.
             let _ = machine::forget_device(device(place));
             return found.map(|(numbers, _)| numbers);
         };
         match self.lock().get_mut(&place) {
-            Some(mounted) => mounted.clone_from(target),
+            Some(mounted) => mounted.clone_from(targets),
             // Whoever asked has given up meanwhile.
-            None => let_go(place, target.as_deref())?,
+            None => let_go(place, targets)?,
         }
         found.map(|(numbers, _)| numbers)
     }
@@ -63,31 +63,70 @@ impl Disks {
     /// # Errors
     /// When there is none, or it is in use: then it is let go all the same.
     pub fn detach(&self, place: u32) -> Result<(), Error> {
-        let target = self.lock().remove(&place).ok_or_else(|| Error::NotFound(format!("disk {place}")))?;
-        Ok(let_go(place, target.as_deref())?)
+        let targets = self.lock().remove(&place).ok_or_else(|| Error::NotFound(format!("disk {place}")))?;
+        Ok(let_go(place, &targets)?)
     }
 }
 
-/// The numbers of a disk's device, and where it is mounted now.
-fn find(place: u32, wanted: Option<&DiskMount>) -> Result<((u32, u32), Option<PathBuf>)> {
+/// The numbers of a disk's device, and where what is on it is mounted now.
+fn find(place: u32, request: &AttachDiskRequest) -> Result<((u32, u32), Vec<PathBuf>)> {
     let found = machine::class_dir(device(place), "block").context("find the disk")?;
     let numbers = std::fs::read_to_string(found.join("dev")).context("read its numbers")?;
     let numbers = numbers.trim().split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
     let numbers = numbers.context("its numbers are none")?;
-    let Some(wanted) = wanted else { return Ok((numbers, None)) };
-    let source = Path::new("/dev").join(found.file_name().context("it has no name")?);
-    let target = target(wanted)?;
-    std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
-    let (flags, data) = flags_and_data(&wanted.options);
-    mount(Some(&source), &target, Some(wanted.type_.as_str()), flags, Some(data.as_str())).with_context(|| {
-        format!("mount the {} file system of disk {} (options {:?})", wanted.type_, wanted.name, wanted.options.join(","))
-    })?;
-    Ok((numbers, Some(target)))
+    let Some(wanted) = request.mount.as_ref() else { return Ok((numbers, Vec::new())) };
+    let (name, target) = (found.file_name().context("it has no name")?.to_string_lossy(), target(wanted)?);
+    if request.parts.is_empty() {
+        mount_one(&name, &target, wanted)?;
+        return Ok((numbers, vec![target]));
+    }
+    divide(&found, &name, &request.parts)?;
+    let mut targets = Vec::new();
+    for index in 0..request.parts.len() {
+        let target = target.join(index.to_string());
+        if let Err(error) = mount_one(&format!("{name}{}", index + 1), &target, wanted) {
+            // Why it failed comes first.
+            let _ = unmount_all(&targets);
+            return Err(error.context(format!("part {index}")));
+        }
+        targets.push(target);
+    }
+    Ok((numbers, targets))
 }
 
-fn let_go(place: u32, target: Option<&Path>) -> Result<()> {
-    let unmounted = target.map_or(Ok(()), unmount);
+/// Mounts a disk, or a part of one, by its device's name.
+fn mount_one(device: &str, target: &Path, wanted: &DiskMount) -> Result<()> {
+    std::fs::create_dir_all(target).with_context(|| format!("create {}", target.display()))?;
+    let (flags, data) = flags_and_data(&wanted.options);
+    mount(Some(&Path::new("/dev").join(device)), target, Some(wanted.type_.as_str()), flags, Some(data.as_str()))
+        .with_context(|| format!("mount the {} file system of disk {} (options {:?})", wanted.type_, wanted.name, wanted.options.join(",")))
+}
+
+/// Has the kernel know the parts of a disk as devices, numbered from 1. What it has found on the disk itself is none of them.
+fn divide(folder: &Path, name: &str, parts: &[u64]) -> Result<()> {
+    let disk = File::open(Path::new("/dev").join(name)).with_context(|| format!("open {name}"))?;
+    for entry in std::fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let entry = entry.with_context(|| format!("read {}", folder.display()))?.file_name();
+        if let Some(number) = entry.to_string_lossy().strip_prefix(name).and_then(|number| number.parse().ok()) {
+            sys::remove_partition(&disk, number).with_context(|| format!("forget partition {number} of {name}"))?;
+        }
+    }
+    let mut start = 0u64;
+    for (number, bytes) in (1..).zip(parts) {
+        sys::add_partition(&disk, number, start, *bytes).with_context(|| format!("tell part {number} of {name} from the others"))?;
+        start = start.checked_add(*bytes).context("its parts are larger than any disk")?;
+    }
+    Ok(())
+}
+
+fn let_go(place: u32, targets: &[PathBuf]) -> Result<()> {
+    let unmounted = unmount_all(targets);
     machine::forget_device(device(place)).and(unmounted)
+}
+
+/// Unmounts all of them; what fails first is reported.
+fn unmount_all(targets: &[PathBuf]) -> Result<()> {
+    targets.iter().map(|target| unmount(target)).fold(Ok(()), Result::and)
 }
 
 fn device(place: u32) -> u32 {
@@ -116,9 +155,10 @@ fn unmount(target: &Path) -> Result<()> {
             outcome => break outcome,
         }
     };
-    // The container's folder goes with its last disk.
-    let _ = std::fs::remove_dir(target);
-    let _ = target.parent().map(std::fs::remove_dir);
+    // The container's folder goes with its last disk, and the disk's with its last part.
+    for folder in target.ancestors().take_while(|folder| *folder != Path::new(DISKS_DIR)) {
+        let _ = std::fs::remove_dir(folder);
+    }
     written.with_context(|| format!("write out {}", target.display()))?;
     unmounted.with_context(|| format!("unmount {}", target.display()))
 }

@@ -141,3 +141,43 @@ pub fn control_terminal(terminal: &File) -> io::Result<()> {
     // SAFETY: TIOCSCTTY takes a number.
     Ok(Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)?)
 }
+
+/// `BLKPG` of linux/blkpg.h, what it can do, and what it is told.
+const BLKPG: libc::Ioctl = 0x1269;
+const BLKPG_ADD_PARTITION: libc::c_int = 1;
+const BLKPG_DEL_PARTITION: libc::c_int = 2;
+
+#[repr(C)]
+struct BlkpgPartition {
+    start: libc::c_longlong,
+    length: libc::c_longlong,
+    number: libc::c_int,
+    device_name: [u8; 64],
+    volume_name: [u8; 64],
+}
+
+#[repr(C)]
+struct BlkpgArgument {
+    operation: libc::c_int,
+    flags: libc::c_int,
+    length: libc::c_int,
+    data: *mut BlkpgPartition,
+}
+
+/// Makes a part of a disk, in bytes, a device of its own.
+pub fn add_partition(disk: &File, number: i32, start: u64, length: u64) -> io::Result<()> {
+    let bytes = |value: u64| i64::try_from(value).map_err(io::Error::other);
+    change_partition(disk, BLKPG_ADD_PARTITION, number, bytes(start)?, bytes(length)?)
+}
+
+/// Removes the device of a part of a disk.
+pub fn remove_partition(disk: &File, number: i32) -> io::Result<()> {
+    change_partition(disk, BLKPG_DEL_PARTITION, number, 0, 0)
+}
+
+fn change_partition(disk: &File, operation: i32, number: i32, start: i64, length: i64) -> io::Result<()> {
+    let mut partition = BlkpgPartition { start, length, number, device_name: [0; 64], volume_name: [0; 64] };
+    let argument = BlkpgArgument { operation, flags: 0, length: size_of::<BlkpgPartition>() as libc::c_int, data: &raw mut partition };
+    // SAFETY: BLKPG reads the argument, and the partition that it points to; both live through the call.
+    Ok(Errno::result(unsafe { libc::ioctl(disk.as_raw_fd(), BLKPG, &raw const argument) }).map(drop)?)
+}

@@ -2,4 +2,5 @@
 
 pub mod descriptors;
 pub mod device;
+mod seal;
 pub mod share;

@@ -26,6 +26,7 @@ use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
 use nix::sys::stat::{Mode, umask};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
+use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{self, PassthroughFs};
 use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -84,7 +85,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
     let fs_config = passthrough::Config {
         uid_map: unknown.clone(),
         gid_map: unknown,
-        ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)
+        ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)?
     };
     let witness = Arc::clone(control);
     let descriptors = Arc::new(Descriptors::new(fs_config.guest_fd_limit, move || {
@@ -102,20 +103,25 @@ fn run(control: &Arc<Control>) -> Result<()> {
     serve(socket, Device::new(fs, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
 }
 
+/// A guest's `trusted` attributes are not the host's: those hold for every process there, and who sets them must be its
+/// root. They are kept under names that no guest can use otherwise (virtiofsd's `doc/xattr-mapping.md`).
+const ATTRIBUTES: &str = "/prefix/all/trusted./user.virtiofs./ /bad/server//trusted./ /bad/client/user.virtiofs.// /ok/all///";
+
 /// What the guest may do and cache.
-fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, proc_mountinfo: File) -> passthrough::Config {
+fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, proc_mountinfo: File) -> Result<passthrough::Config> {
     let (cache_policy, timeout) = match config.cache {
         CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
         CachePolicy::Auto => (passthrough::CachePolicy::Auto, Duration::from_secs(1)),
         CachePolicy::Always => (passthrough::CachePolicy::Always, Duration::from_secs(86_400)),
     };
-    passthrough::Config {
+    Ok(passthrough::Config {
         root_dir: "/".into(),
         cache_policy,
         writeback: config.writeback,
         entry_timeout: timeout,
         attr_timeout: timeout,
         xattr: true,
+        xattrmap: Some(XattrMap::try_from(ATTRIBUTES).map_err(|error| anyhow::anyhow!("read the map of attributes: {error}"))?),
         posix_acl: passthrough::NegotiationMode::Auto,
         // Each mount below the share is a file system of its own in the guest, with its own
         // device number; unmounting it there drops every inode of it here.
@@ -126,7 +132,7 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
         killpriv_v2: true,
         guest_fd_limit: descriptors.saturating_sub(RESERVED_DESCRIPTORS),
         ..passthrough::Config::default()
-    }
+    })
 }
 
 /// Serves the one conversation on `socket` until the VMM hangs up.

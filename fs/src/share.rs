@@ -1,4 +1,4 @@
-//! The share as the guest's requests meet it: virtiofsd's file system, with four things of ours.
+//! The share as the guest's requests meet it: virtiofsd's file system, with five things of ours.
 //!
 //! **What may be kept.** With the policy `auto` a guest drops what it has cached of a file whenever the
 //! file is opened, so that a program is read again each time that it is run. Here it keeps that,
@@ -15,6 +15,8 @@
 //!
 //! **What need not be said.** That a file is closed matters to file systems which write then, as NFS does; of one
 //! that was opened to be read alone the guest does not tell.
+//!
+//! **What is sealed.** The folders that hold containers' snapshots (`seal.rs`).
 //!
 //! **What is counted.** The descriptors that the guest holds (`descriptors.rs`).
 //!
@@ -35,6 +37,7 @@ use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
 
 use crate::descriptors::Descriptors;
+use crate::seal::Seal;
 
 /// After so long a change is told from the next by its time: file systems count in steps of up to two
 /// seconds, and a file server's clock may be a little behind ours.
@@ -93,12 +96,13 @@ pub struct Share {
     /// Of the policy `auto` alone: with `always` a guest keeps everything, with `never` nothing.
     opened: Option<Mutex<Opened>>,
     descriptors: Arc<Descriptors>,
+    seal: Seal,
 }
 
 impl Share {
     /// A share of files; with `keep` the guest keeps what it has of files that did not change.
     pub fn new(fs: PassthroughFs, keep: bool, descriptors: Arc<Descriptors>) -> Self {
-        Self { fs, opened: keep.then(Mutex::default), descriptors }
+        Self { fs, opened: keep.then(Mutex::default), descriptors, seal: Seal::default() }
     }
 
     /// Notes that the guest has a file open, when it has.
@@ -112,6 +116,7 @@ impl Share {
         // It may have been told of it again meanwhile. The server says that it knows no such file otherwise.
         if self.fs.getattr(ctx, inode, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)) {
             self.descriptors.give_back();
+            self.seal.forget(inode);
         }
     }
 
@@ -137,10 +142,21 @@ macro_rules! pass_on {
     };
 }
 
-/// Requests that are answered with a file.
-macro_rules! answer_with_file {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*);)*) => {
+/// Requests that change a folder, or perhaps one.
+macro_rules! change {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) of $($folder:ident),* => $answer:ty;)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> $answer {
+            $(self.seal.check($folder)?;)*
+            self.fs.$name($($argument),*)
+        })*
+    };
+}
+
+/// Requests that make a file in a folder, and are answered with it.
+macro_rules! make {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) in $folder:ident;)*) => {
         $(fn $name(&self, $($argument: $kind),*) -> io::Result<Entry> {
+            self.seal.check($folder)?;
             self.descriptors.answer(|| self.fs.$name($($argument),*), |entry| entry.inode)
         })*
     };
@@ -199,6 +215,7 @@ impl FileSystem for Share {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        self.seal.check(parent)?;
         let create = || self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions);
         let (entry, handle, options) = self.descriptors.answer(create, |(entry, ..)| entry.inode)?;
         Ok((entry, self.hold(handle), options))
@@ -283,29 +300,38 @@ impl FileSystem for Share {
         self.fs.copyfilerange(ctx, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
     }
 
-    answer_with_file! {
-        fn lookup(ctx: Context, parent: Inode, name: &CStr);
-        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions);
-        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions);
-        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions);
-        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr);
+    fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        let entry = self.descriptors.answer(|| self.fs.lookup(ctx, parent, name), |entry| entry.inode)?;
+        self.seal.learn(parent, name, entry.inode);
+        Ok(entry)
+    }
+
+    make! {
+        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions) in parent;
+        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions) in parent;
+        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) in parent;
+        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr) in parent;
+    }
+
+    change! {
+        fn setattr(ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid) of inode
+            => io::Result<(Attr, Duration)>;
+        fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) of inode => io::Result<()>;
+        fn removexattr(ctx: Context, inode: Inode, name: &CStr) of inode => io::Result<()>;
+        fn unlink(ctx: Context, parent: Inode, name: &CStr) of parent => io::Result<()>;
+        fn rmdir(ctx: Context, parent: Inode, name: &CStr) of parent => io::Result<()>;
+        fn rename(ctx: Context, from: Inode, name: &CStr, to: Inode, new_name: &CStr, flags: u32) of from, to => io::Result<()>;
     }
 
     pass_on! {
         fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
-        fn setattr(ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid) -> io::Result<(Attr, Duration)>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
-        fn unlink(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
-        fn rmdir(ctx: Context, parent: Inode, name: &CStr) -> io::Result<()>;
-        fn rename(ctx: Context, from: Inode, name: &CStr, to: Inode, new_name: &CStr, flags: u32) -> io::Result<()>;
         fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn statfs(ctx: Context, inode: Inode) -> io::Result<libc::statvfs64>;
-        fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) -> io::Result<()>;
         fn getxattr(ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply>;
         fn listxattr(ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
-        fn removexattr(ctx: Context, inode: Inode, name: &CStr) -> io::Result<()>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<DirIter>;
         fn fsyncdir(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
         fn access(ctx: Context, inode: Inode, mask: u32) -> io::Result<()>;

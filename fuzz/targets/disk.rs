@@ -10,7 +10,8 @@ use caisson_fuzz::Input;
 use caisson_fuzz::driver::{DATA, Rings, memory, scribble};
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{Disk, RateLimit};
-use caisson_vmm::devices::blk::request::{Backing, answer};
+use caisson_vmm::devices::blk::backing::Backing;
+use caisson_vmm::devices::blk::request::answer;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -25,9 +26,12 @@ fuzz_target!(|data: &[u8]| {
     let mut file = std::fs::File::from(fd);
     file.write_all(&[1; DISK_BYTES as usize]).and_then(|()| file.write_all(&BEHIND)).expect("a memory file is written");
     let read_only = input.u8() & 1 != 0;
-    let disk = Disk { place: 0, bytes: DISK_BYTES, block_size: 512, read_only, serial: "fuzz".into(), limit: RateLimit::default() };
+    // What cannot be written may be in several files.
+    let parts = if read_only { vec![DISK_BYTES / 4, DISK_BYTES / 2, DISK_BYTES / 4] } else { vec![DISK_BYTES] };
+    let files = parts.iter().map(|_| file.try_clone().expect("a descriptor")).collect();
+    let disk = Disk { place: 0, parts, block_size: 512, read_only, serial: "fuzz".into(), limit: RateLimit::default() };
     let (_shim, control) = Control::pair().expect("a control socket");
-    let backing = Backing::new(&disk, file.try_clone().expect("a descriptor"), Arc::new(control));
+    let backing = Backing::new(&disk, files, Arc::new(control));
     while !input.is_empty() {
         match input.u8() % 4 {
             0 => scribble(&memory, &mut input),

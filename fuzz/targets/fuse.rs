@@ -1,5 +1,5 @@
 //! A guest that does as it likes with the queues and the requests of virtio-fs, against the device that `caisson-fs`
-//! runs, in a share that is empty at first: nothing leads out of it, and each request is answered or ends the server.
+//! runs, in a share that is nearly empty at first: nothing leads out of it, a snapshot's folder stays as it is, and each request is answered or ends the server.
 #![no_main]
 
 use std::fs::File;
@@ -13,6 +13,7 @@ use caisson_fs::device::Device;
 use caisson_fs::share::Share;
 use caisson_fuzz::Input;
 use caisson_fuzz::driver::{DATA, MEMORY_BYTES, Rings, SIZE, scribble};
+use caisson_protocol::guest::SNAPSHOT_DIR;
 use caisson_sys::mounts::{Attributes, set_attributes};
 use libfuzzer_sys::fuzz_target;
 use nix::libc::MOUNT_ATTR_RDONLY;
@@ -45,6 +46,9 @@ const BODY: usize = 0x800;
 /// Inodes are numbers from 1 on: small ones are likely to be there.
 const KNOWN: u64 = 8;
 
+/// What is in a snapshot's folder.
+const SNAPSHOT: [&str; 2] = ["fs", "work"];
+
 const NOTHING: Option<&str> = None;
 
 /// The share. Of what is mounted the process may write that alone and what lies beside it, whatever a
@@ -63,6 +67,19 @@ fn share() -> &'static Path {
         std::fs::write(beside.join(SECRET_FILE), SECRET).expect("a file beside the share");
         folder
     })
+}
+
+/// Adds a container's folder, as the shim makes it, with a snapshot's in it that is to stay as it is.
+fn add_snapshot(share: &Path) -> PathBuf {
+    let container = share.join("c");
+    let snapshot = container.join(SNAPSHOT_DIR);
+    SNAPSHOT.iter().try_for_each(|name| std::fs::create_dir_all(snapshot.join(name))).expect("folders of the share");
+    for folder in [&container, &snapshot] {
+        mount(Some(folder), folder, NOTHING, MsFlags::MS_BIND, NOTHING).expect("a mount in the share");
+    }
+    let open = File::open(&container).expect("a folder");
+    set_attributes(&open, Attributes::set(MOUNT_ATTR_RDONLY), false).expect("what holds the snapshot is read-only");
+    snapshot
 }
 
 /// A request's bytes: its header (`struct fuse_in_header`) and what follows it.
@@ -85,6 +102,7 @@ fn escaped(how: &str) -> ! {
 fuzz_target!(|data: &[u8]| {
     let share = share();
     mount(Some("share"), share, Some("tmpfs"), MsFlags::MS_NODEV | MsFlags::MS_NOSUID, Some("size=16m,nr_inodes=1k")).expect("a share");
+    let snapshot = add_snapshot(share);
     let config = Config { root_dir: share.to_string_lossy().into_owned(), xattr: true, announce_submounts: true, ..Config::default() };
     let fs = PassthroughFs::new(config).expect("the share can be served");
     fs.open_root_node().expect("the share can be opened");
@@ -140,6 +158,10 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     drop(device);
+    let folders = || SNAPSHOT.iter().filter(|name| std::fs::symlink_metadata(snapshot.join(name)).is_ok_and(|meta| meta.is_dir()));
+    if std::fs::read_dir(&snapshot).expect("the snapshot's folder").count() != SNAPSHOT.len() || folders().count() != SNAPSHOT.len() {
+        escaped("a request changed a snapshot's folder");
+    }
     umount2(share, MntFlags::MNT_DETACH).expect("the share is let go");
     let secret = share.with_file_name(SECRET_FILE);
     if std::fs::read(&secret).is_ok_and(|content| content != SECRET) || !secret.exists() {

@@ -16,12 +16,25 @@ pub const SHARE_TAG: &str = "caisson";
 pub const SHARE_DIR: &str = "/run/caisson/share";
 /// Within the share, a container's folder holds its root file system under this name.
 pub const ROOTFS_DIR: &str = "rootfs";
+/// Within the share, a container's folder holds its snapshot's folder under this name where the layers below that are
+/// disks: in it, what the container writes, and what overlayfs needs besides. Nothing else is made in it, nor any of
+/// these two taken away.
+pub const SNAPSHOT_DIR: &str = "snapshot";
+/// What a container writes, within its snapshot's folder; as containerd's erofs snapshotter has it.
+pub const UPPER_DIR: &str = "fs";
+/// What overlayfs needs beside it.
+pub const WORK_DIR: &str = "work";
 /// Within the share, a container's folder holds its bind mounts under this name, numbered.
 pub const MOUNTS_DIR: &str = "mounts";
 
 /// Where the guest finds a container's bind mount in the share, by its number.
 pub fn shared_mount(container: &str, name: &str) -> String {
     format!("{SHARE_DIR}/{container}/{MOUNTS_DIR}/{name}")
+}
+
+/// Where the guest finds the folder of a container's snapshot in the share.
+pub fn shared_snapshot(container: &str) -> String {
+    format!("{SHARE_DIR}/{container}/{SNAPSHOT_DIR}")
 }
 
 /// Annotations by which containerd's CRI and CRI-O tell a sandbox from a container in it: the name

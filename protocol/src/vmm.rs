@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// The largest message, in bytes. A larger one is refused by sender and receiver.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// The most file descriptors beside one message.
-pub const MAX_FDS: usize = 8;
+pub const MAX_FDS: usize = 128;
 
 /// Fewest and most vCPUs of a VM.
 pub const VCPUS: std::ops::RangeInclusive<u32> = 1..=32;
@@ -44,10 +44,10 @@ pub enum Request {
     },
     /// Put a network interface into an empty place. File descriptors: those that its [`NicWire`] states.
     AttachNic(Nic),
-    /// Put a disk into an empty place. File descriptor: the block device or file, readable, and writable
-    /// unless it is [`Disk::read_only`].
+    /// Put a disk into an empty place. File descriptors: a block device or file for each of its parts, readable, and
+    /// writable unless it is [`Disk::read_only`].
     AttachDisk(Disk),
-    /// Tell the guest that a disk has another size.
+    /// Tell the guest that a disk of one part has another size.
     ResizeDisk {
         /// Its place.
         place: u32,
@@ -130,6 +130,9 @@ impl RateLimit {
 /// Disks that a VM has place for.
 pub const DISKS: u32 = 8;
 
+/// Devices or files that a disk may be made of.
+pub const DISK_PARTS: usize = MAX_FDS;
+
 /// Bytes of a disk's own blocks: what Linux can have.
 pub const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 
@@ -138,8 +141,9 @@ pub const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 pub struct Disk {
     /// Which of the [`DISKS`] places; one can be used again once its disk was detached.
     pub place: u32,
-    /// Its size; what does not fill a sector of 512 bytes is not reached.
-    pub bytes: u64,
+    /// Bytes of each device or file that it is made of, one behind the other: 1 to [`DISK_PARTS`] of them, and one unless
+    /// it is read-only. What does not fill a sector of 512 bytes is not reached.
+    pub parts: Vec<u64>,
     /// One of [`BLOCK_SIZES`].
     pub block_size: u32,
     /// Whether the guest cannot write it.

@@ -229,9 +229,9 @@ impl Agent {
         self.call("resize the machine", self.client.resize_machine(none(), &request)).await.map(drop)
     }
 
-    /// Has the guest find the disk in a place, and mount it; returns its device's numbers.
-    pub async fn attach_disk(&self, place: u32, mount: Option<DiskMount>) -> Result<(u32, u32)> {
-        let request = AttachDiskRequest { place, mount: mount.into(), ..AttachDiskRequest::default() };
+    /// Has the guest find the disk in a place, and mount it, or its parts of so many bytes; returns its device's numbers.
+    pub async fn attach_disk(&self, place: u32, mount: Option<DiskMount>, parts: Vec<u64>) -> Result<(u32, u32)> {
+        let request = AttachDiskRequest { place, mount: mount.into(), parts, ..AttachDiskRequest::default() };
         self.call_within(DISK_TIMEOUT, "attach the disk", self.client.attach_disk(none(), &request))
             .await
             .map(|answer| (answer.major, answer.minor))

@@ -7,17 +7,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use anyhow::{Context, Result, ensure};
+use caisson_protocol::agent::Layers;
 use caisson_protocol::config::{Config, HostSockets};
 use caisson_protocol::fs::HOST_IDS;
-use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, shared_mount};
-use containerd_shim_protos::types::mount::Mount;
+use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SNAPSHOT_DIR, shared_mount};
 use serde_json::Value;
 
+use crate::disks::Root;
 use crate::errors::{self, Error};
 use crate::idmap::IdMap;
 use crate::mounts::{self, How, ReadOnly};
+use crate::pod::CreateContainer;
 use crate::process::Process;
-use crate::spec::{Bind, Spec};
+use crate::snapshot;
+use crate::spec::Bind;
 use crate::store::{Store, remove_empty_tree, unmount_below};
 
 /// Mounts within a container's volumes: a node has some hundreds.
@@ -157,21 +160,36 @@ impl ShareFolder {
         Ok(folder)
     }
 
-    /// Mounts its root file system there, too.
+    /// Mounts its root file system there, too, or what there is to be of it; returns the layers of which the guest makes it
+    /// then.
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn mount_root(&self, store: &Store, spec: &Spec, bundle: &Path, rootfs: &[Mount], config: &Config) -> Result<()> {
-        let root = self.path.join(ROOTFS_DIR);
-        std::fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
-        if rootfs.is_empty() {
-            let source = spec.root_path(bundle);
-            mounts::bind(&source, &root, &How { below: true, owners: owners(config), owners_below: true, ..How::default() })
-                .with_context(|| format!("bind the root file system {}", source.display()))?;
-        } else {
-            mounts::mount_rootfs(rootfs, &root, owners(config).as_ref(), &store.dir().join("layers"))?;
+    pub fn mount_root(&self, root: Root, store: &Store, create: &CreateContainer<'_>, config: &Config) -> Result<Option<Layers>> {
+        let target = self.path.join(ROOTFS_DIR);
+        let owners = owners(config);
+        let make_target = || std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()));
+        match root {
+            Root::Disk => Ok(None),
+            Root::Layers { layers, snapshot: folder } => {
+                make_target()?;
+                snapshot::share(&folder, &self.path.join(SNAPSHOT_DIR), owners.as_ref())
+                    .with_context(|| format!("snapshot {}", folder.display()))?;
+                Ok(Some(layers))
+            }
+            Root::Mounts if create.rootfs.is_empty() => {
+                make_target()?;
+                let source = create.spec.root_path(Path::new(create.bundle));
+                mounts::bind(&source, &target, &How { below: true, owners, owners_below: true, ..How::default() })
+                    .with_context(|| format!("bind the root file system {}", source.display()))?;
+                Ok(None)
+            }
+            Root::Mounts => {
+                make_target()?;
+                mounts::mount_rootfs(create.rootfs, &target, owners.as_ref(), &store.dir().join("layers"))?;
+                Ok(None)
+            }
         }
-        Ok(())
     }
 
     fn bind(&self, bind: &Bind, config: &Config) -> Result<()> {
@@ -290,6 +308,7 @@ fn owners(config: &Config) -> Option<IdMap> {
 /// # Errors
 /// What could not be unmounted or removed.
 pub fn remove_share_folder(path: &Path) -> Result<()> {
+    snapshot::settle(path);
     unmount_below(path)?;
     remove_empty_tree(path)
 }

@@ -33,6 +33,7 @@ mod sandbox;
 mod sandboxer;
 mod service;
 mod size;
+mod snapshot;
 mod sockets;
 mod spec;
 pub mod stats;

@@ -74,7 +74,14 @@ mod tests {
 
     #[test]
     fn all_ways_into_an_empty_dir_lead_to_it() {
-        let point = |device: &str, root: &str, path: &str| Point { device: device.into(), root: root.into(), path: path.into() };
+        let point = |device: &str, root: &str, path: &str| Point {
+            device: device.into(),
+            root: root.into(),
+            path: path.into(),
+            kind: "tmpfs".into(),
+            source: "tmpfs".into(),
+            options: String::new(),
+        };
         let pod = "/var/lib/kubelet/pods/1";
         let volume = format!("{pod}/volumes/kubernetes.io~empty-dir/cache");
         let points = [

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +13,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::idmap::IdMap;
+use crate::snapshot;
 use crate::store::{remove_empty_tree, unmount_below};
 
 /// Mount data longer than a page is refused by the kernel.
@@ -102,8 +102,9 @@ fn mount_one(one: &Mount, target: &Path, pods_owners: Option<&IdMap>, scratch: &
         return bind(Path::new(source), target, &how);
     }
     if let Some(owners) = owners.filter(|_| kind == "overlay") {
-        if let Some(owners) = pods_owners {
-            own_upper(&data, owners)?;
+        let upper = data.iter().find_map(|option| option.strip_prefix("upperdir="));
+        if let (Some(owners), Some(upper)) = (pods_owners, upper) {
+            snapshot::own(Path::new(upper), owners)?;
         }
         return mount_mapped_overlay(source, target, flags, &data, owners, scratch);
     }
@@ -224,6 +225,12 @@ pub struct Point {
     pub root: PathBuf,
     /// Where.
     pub path: PathBuf,
+    /// The file system's kind.
+    pub kind: String,
+    /// What it lies on.
+    pub source: PathBuf,
+    /// Its own options.
+    pub options: String,
 }
 
 /// All mounts of this namespace, in the order that they were mounted over one another.
@@ -236,8 +243,11 @@ pub fn points() -> Result<Vec<Point>> {
     let path = |field: &[u8]| PathBuf::from(OsString::from_vec(unescape(field)));
     let point = |line: &[u8]| {
         let mut fields = line.split(|byte| *byte == b' ').skip(2);
-        let device = String::from_utf8_lossy(fields.next()?).into_owned();
-        Some(Point { device, root: path(fields.next()?), path: path(fields.next()?) })
+        let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
+        let (device, root, place) = (text(fields.next()?), path(fields.next()?), path(fields.next()?));
+        // Behind a number of others, whose end a dash marks.
+        fields.find(|field| *field == b"-")?;
+        Some(Point { device, root, path: place, kind: text(fields.next()?), source: path(fields.next()?), options: text(fields.next()?) })
     };
     Ok(mounts.split(|byte| *byte == b'\n').filter_map(point).collect())
 }
@@ -280,21 +290,6 @@ fn mount_mapped_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&st
     })();
     // Why it failed comes before what of it could not be taken away.
     outcome.and(unmount_below(scratch)).and(remove_empty_tree(scratch))
-}
-
-/// Gives a fresh snapshot's own folder, which is the root of its overlay, the owners that its layers' have
-/// in the pod. containerd does that where it asks for the mapping itself.
-fn own_upper(data: &[&str], owners: &IdMap) -> Result<()> {
-    let Some(upper) = data.iter().find_map(|option| option.strip_prefix("upperdir=")) else { return Ok(()) };
-    let meta = std::fs::metadata(upper).with_context(|| format!("look at {upper}"))?;
-    // One that another run of the container has left has them.
-    let (user, group) = owners.seen(meta.uid(), meta.gid());
-    ensure!(
-        user.is_some() || owners.shows(meta.uid()),
-        "its snapshot belongs to user {}: it was written with another fs.id_base",
-        meta.uid()
-    );
-    std::os::unix::fs::chown(upper, user, group).with_context(|| format!("change the owner of {upper}"))
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they

@@ -197,9 +197,8 @@ impl Pod {
         let folder = ShareFolder::make(&machine.store, request.id, &binds, &machine.config)?;
         // Of a sandbox's root nothing is read: no disk's place is wasted on it.
         let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
-        if !machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await? {
-            folder.mount_root(&machine.store, request.spec, Path::new(request.bundle), request.rootfs, &machine.config)?;
-        }
+        let root = machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await?;
+        let layers = folder.mount_root(root, &machine.store, request, &machine.config)?;
         let inner_mounts = folder.inner_mounts(request.id, &binds)?;
         let limits = request.spec.limits();
         if request.spec.kind() != Kind::Sandbox {
@@ -219,6 +218,7 @@ impl Pod {
             huge_page_bytes: limits.huge_pages,
             memory_volumes,
             sockets: sockets.requests(),
+            layers: layers.into(),
             ..CreateContainerRequest::default()
         };
         let guest_pid = match sandbox.agent.create_container(create).await {
@@ -388,8 +388,8 @@ impl Pod {
     }
 
     async fn delete_container(&self, machine: &Machine, id: &str) -> Result<()> {
-        let disks = machine.disks.has(id);
-        if id == self.id() && self.containers().len() == 1 && !disks {
+        let written = machine.disks.are_written_by(id);
+        if id == self.id() && self.containers().len() == 1 && !written {
             // The pod ends here: its files are on the host already, so the machine need not be asked.
             machine.sandbox.kill("the pod was deleted");
         } else if let Err(error) = machine.sandbox.agent.delete(id, "").await

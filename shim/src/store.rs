@@ -14,7 +14,10 @@ use caisson_host::records::{self, UIDS};
 use caisson_protocol::record::{PodRecord, ProcessRecord};
 use nix::mount::{MntFlags, umount2};
 
-use crate::mounts;
+use crate::{mounts, snapshot};
+
+/// A pod's folder for what the guest sees, within its own.
+const SHARE: &str = "share";
 
 /// A pod's folder and record.
 pub struct Store {
@@ -39,7 +42,7 @@ impl Store {
             made => made,
         };
         within(&run_dir.join(&record.namespace), make)
-            .and_then(|()| std::fs::create_dir_all(dir.join("share")))
+            .and_then(|()| std::fs::create_dir_all(dir.join(SHARE)))
             .with_context(|| format!("create the pod's folder {}", dir.display()))?;
         write(&dir, &record)?;
         Ok(Self { run_dir, dir, record: Mutex::new(record) })
@@ -62,7 +65,7 @@ impl Store {
 
     /// The tree that the guest sees.
     pub fn share(&self) -> PathBuf {
-        self.dir.join("share")
+        self.dir.join(SHARE)
     }
 
     /// Shows the record.
@@ -178,6 +181,9 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
             // It goes with the last of them.
             let _ = std::fs::remove_dir(run_dir.join(UIDS));
         }
+    }
+    for container in std::fs::read_dir(dir.join(SHARE)).into_iter().flatten().flatten() {
+        snapshot::settle(&container.path());
     }
     note(unmount_below(&dir));
     note(remove_empty_tree(&dir));

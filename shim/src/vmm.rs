@@ -261,12 +261,12 @@ impl Vmm {
         self.process.send(&Request::DetachNic { place }, &[]).await.context("detach a network interface")
     }
 
-    /// Puts a disk into an empty place of the machine.
+    /// Puts a disk into an empty place of the machine, with a file for each of its parts.
     ///
     /// # Errors
     /// When the monitor is gone.
-    pub async fn attach_disk(&self, disk: Disk, file: BorrowedFd<'_>) -> Result<()> {
-        self.process.send(&Request::AttachDisk(disk), &[file]).await.context("attach a disk")
+    pub async fn attach_disk(&self, disk: Disk, files: &[BorrowedFd<'_>]) -> Result<()> {
+        self.process.send(&Request::AttachDisk(disk), files).await.context("attach a disk")
     }
 
     /// Tells the guest the size of a disk.

@@ -18,6 +18,7 @@ mod host;
 mod hostile;
 mod io;
 mod isolation;
+mod layers;
 mod leaks;
 mod network;
 mod owners;
@@ -73,6 +74,7 @@ const ALONE: &[&[Test]] = &[
     user_network::ALONE,
     volumes::ALONE,
     disks::ALONE,
+    layers::ALONE,
     deploy::ALONE,
     fire::ALONE,
     sequences::ALONE,

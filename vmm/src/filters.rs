@@ -207,9 +207,9 @@ mod tests {
         assert!(survives("the_control_thread_can_start_and_end_the_threads_of_a_disk", || {
             let (shim, other) = Control::pair().unwrap();
             let (place, other) = (Place::default(), Arc::new(other));
-            let (disk, file) = (disk(false), file());
+            let (disk, files) = (disk(false), vec![file()]);
             control().unwrap();
-            place.attach(disk, file, 4, &other).unwrap();
+            place.attach(disk, files, 4, &other).unwrap();
             place.detach();
             assert!(shim.receive::<Event>(true).unwrap().is_some());
         }));

@@ -11,7 +11,9 @@ use std::sync::mpsc::Sender;
 use anyhow::{Context, Result, ensure};
 use caisson_host::control::Control;
 use caisson_protocol::guest::{FIRST_DISK_DEVICE, FIRST_NIC_DEVICE};
-use caisson_protocol::vmm::{ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISKS, Disk, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS};
+use caisson_protocol::vmm::{
+    ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISK_PARTS, DISKS, Disk, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS,
+};
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
@@ -120,12 +122,16 @@ impl Running {
     ///
     /// # Errors
     /// When there is no such place, it is not empty, or the disk is none that can be.
-    pub fn attach_disk(&mut self, disk: Disk, file: File, control: &Arc<Control>) -> Result<()> {
+    pub fn attach_disk(&mut self, disk: Disk, files: Vec<File>, control: &Arc<Control>) -> Result<()> {
         let index = disk.place;
         let place = self.disk(index)?.clone();
         ensure!(BLOCK_SIZES.contains(&disk.block_size), "disk {index}: blocks of {} bytes; allowed is {BLOCK_SIZES:?}", disk.block_size);
+        let parts = disk.parts.len();
+        ensure!((1..=DISK_PARTS).contains(&parts), "disk {index}: {parts} parts; allowed is 1 to {DISK_PARTS}");
+        ensure!(parts == files.len(), "disk {index}: {parts} parts came with {} descriptors", files.len());
+        ensure!(parts == 1 || disk.read_only, "disk {index}: of {parts} parts, it must be read-only");
         let queues = self.connect(FIRST_DISK_DEVICE + index)?;
-        place.attach(disk, file, queues, control).with_context(|| format!("disk {index}"))
+        place.attach(disk, files, queues, control).with_context(|| format!("disk {index}"))
     }
 
     /// The place for a disk.

@@ -132,9 +132,9 @@ fn serve(control: &Arc<Control>, running: &mut Running) -> Result<()> {
             }
             Request::DetachNic { place } => running.detach_nic(place)?,
             Request::AttachDisk(disk) => {
-                let file = fds.into_iter().next().context("a disk came without its file")?;
                 let place = disk.place;
-                if let Err(error) = running.attach_disk(disk, file.into(), control) {
+                let files = fds.into_iter().map(File::from).collect();
+                if let Err(error) = running.attach_disk(disk, files, control) {
                     control.send(&Event::DiskRefused { place, reason: format!("{error:#}") }, &[], true)?;
                 }
             }

@@ -54,9 +54,23 @@ pub fn spec_file(container: &str) -> PathBuf {
     bundle_dir(container).join("config.json")
 }
 
+/// Where it lies of what its root file system is made, if of layers.
+pub fn layers_file(container: &str) -> PathBuf {
+    bundle_dir(container).join("layers.json")
+}
+
 /// Where an exec's process object lies.
 pub fn process_file(container: &str, exec: &str) -> PathBuf {
     bundle_dir(container).join(format!("exec-{exec}.json"))
+}
+
+/// The layers of a root file system, below its snapshot's folder in the share.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Layers {
+    /// The folder in which they are mounted, numbered, the uppermost being 0.
+    pub folder: PathBuf,
+    /// How many.
+    pub count: u32,
 }
 
 /// What the new process tells the agent.

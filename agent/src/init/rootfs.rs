@@ -19,8 +19,10 @@ use nix::sys::stat::{Mode, SFlag, fstatat, major, makedev, minor, mknod};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
 
+use caisson_protocol::guest::{UPPER_DIR, WORK_DIR, shared_snapshot};
+
 use super::terminal::Terminal;
-use super::{inside, mounts};
+use super::{Layers, inside, layers_file, mounts};
 use crate::cgroup::Cgroup;
 
 /// What every container has in its /dev (runtime-spec `config-linux.md`, "Default Devices").
@@ -43,6 +45,7 @@ pub fn enter(id: &str, spec: &Spec) -> Result<()> {
     let linux = spec.linux().as_ref().context("the specification has no linux section")?;
     // Nothing that happens here reaches the agent's mounts; what the agent mounts later comes here.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).context("part from the agent's mounts")?;
+    lay_layers(id, root)?;
     mount(Some(root), root, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
         .with_context(|| format!("bind the root {}", root.display()))?;
     let old_root = open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).context("open the old root")?;
@@ -66,6 +69,23 @@ pub fn enter(id: &str, spec: &Spec) -> Result<()> {
     // written says what is wrong when the folder is entered.
     let _ = inside::ensure(&Path::new("/").join(process.cwd()), true);
     Ok(())
+}
+
+/// Mounts an overlay at the root, where that is made of layers.
+fn lay_layers(id: &str, root: &Path) -> Result<()> {
+    let file = layers_file(id);
+    let text = match std::fs::read(&file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        text => text.with_context(|| format!("read {}", file.display()))?,
+    };
+    let Layers { folder, count } = serde_json::from_slice(&text).context("read the layers of the root")?;
+    // With paths from there on many fit into the page that the kernel takes.
+    chdir(&folder).with_context(|| format!("enter {}", folder.display()))?;
+    let lower: Vec<String> = (0..count).map(|layer| layer.to_string()).collect();
+    let snapshot = shared_snapshot(id);
+    let options = format!("lowerdir={},upperdir={snapshot}/{UPPER_DIR},workdir={snapshot}/{WORK_DIR}", lower.join(":"));
+    mount(Some("overlay"), root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .with_context(|| format!("lay {count} layers over one another at {}", root.display()))
 }
 
 /// Makes the root that of the mount namespace and detaches the old one: only the container's own

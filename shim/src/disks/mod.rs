@@ -10,9 +10,10 @@
 //!                               ^-- unmounted, let go and closed when its last container is deleted
 //! ```
 
+mod layers;
 mod wanted;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::{File, Metadata, TryLockError};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use caisson_protocol::agent::DiskMount;
+use caisson_protocol::agent::{DiskMount, Layers};
 use caisson_protocol::guest::DISKS_DIR;
 use caisson_protocol::vmm::{BLOCK_SIZES, DISKS, Disk, RateLimit};
 use containerd_shim_protos::types::mount::Mount;
@@ -30,6 +31,7 @@ use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
+use self::layers::{Layered, layers};
 use self::wanted::{Wanted, devices, renumber, root, volume};
 use crate::errors::Error;
 use crate::pod::lock;
@@ -51,8 +53,8 @@ fn none_left() -> String {
 pub struct Disks {
     places: Arc<Mutex<Places>>,
     limit: RateLimit,
-    /// Containers that have some, or are about to.
-    containers: std::sync::Mutex<HashSet<String>>,
+    /// Containers that have some, or are about to, and whether they may write to any of them.
+    containers: std::sync::Mutex<HashMap<String, bool>>,
 }
 
 #[derive(Default)]
@@ -62,10 +64,28 @@ struct Places {
     followed: bool,
 }
 
+/// Where a container's root file system is.
+pub enum Root {
+    /// Nowhere yet.
+    Mounts,
+    /// On a disk, which the guest has mounted.
+    Disk,
+    /// In layers on a disk, which the guest has mounted, below a snapshot's folder.
+    Layers {
+        /// For the guest.
+        layers: Layers,
+        /// For the share.
+        snapshot: PathBuf,
+    },
+}
+
 /// A disk in its place.
 struct Attached {
-    source: PathBuf,
+    sources: Vec<PathBuf>,
+    /// Of the first of them.
     identity: Identity,
+    /// Whether each has a file system of its own.
+    divided: bool,
     read_only: bool,
     /// What the guest has mounted of it, where that is so.
     mount: Option<DiskMount>,
@@ -85,13 +105,13 @@ impl Disks {
         Self { places: Arc::default(), limit, containers: std::sync::Mutex::default() }
     }
 
-    /// Gives a container the disks that its specification asks for, and points that at them; whether
-    /// its root file system is one.
+    /// Gives a container the disks that its specification asks for, and points that at them; returns where its root file
+    /// system is.
     ///
     /// # Errors
     /// Which could not be opened, attached or mounted, and why. What was attached until then stays for
     /// [`Disks::release`].
-    pub async fn attach(&self, sandbox: &Arc<Sandbox>, container: &str, rootfs: &[Mount], spec: &mut Value) -> Result<bool> {
+    pub async fn attach(&self, sandbox: &Arc<Sandbox>, container: &str, rootfs: &[Mount], spec: &mut Value) -> Result<Root> {
         for (index, mount) in spec["mounts"].as_array_mut().into_iter().flatten().enumerate() {
             let Some(wanted) = volume(container, index, mount)? else { continue };
             let options = if wanted.read_only { json!(["rbind", "ro"]) } else { json!(["rbind"]) };
@@ -103,37 +123,58 @@ impl Disks {
             renumbered.push((numbers, self.add(sandbox, container, wanted).await?.with_context(none_left)?.numbers));
         }
         renumber(spec, &renumbered);
-        let Some(wanted) = root(container, rootfs) else { return Ok(false) };
-        let placed = self.add(sandbox, container, wanted).await?;
-        if let Some(placed) = &placed {
+        if let Some(wanted) = root(container, rootfs)
+            && let Some(placed) = self.add(sandbox, container, wanted).await?
+        {
             spec["root"]["path"] = json!(placed.folder);
+            return Ok(Root::Disk);
         }
-        Ok(placed.is_some())
+        if let Some(Layered { wanted, snapshot }) = layers(container, rootfs) {
+            let count = wanted.sources.len() as u32;
+            if let Some(Placed { folder: Some(folder), .. }) = self.add(sandbox, container, wanted).await? {
+                return Ok(Root::Layers { layers: Layers { folder, count, ..Layers::default() }, snapshot });
+            }
+        }
+        Ok(Root::Mounts)
     }
 
     /// Puts a disk into a place, or shares the one that another container of the pod has there; returns
     /// nothing when no place is left.
     async fn add(&self, sandbox: &Arc<Sandbox>, container: &str, wanted: Wanted) -> Result<Option<Placed>> {
-        let name = format!("disk {} ({})", wanted.name, wanted.source.display());
+        let name = format!("disk {}", describe(&wanted.name, &wanted.sources));
         let what = || name.clone();
-        lock(&self.containers).insert(container.to_owned());
+        *lock(&self.containers).entry(container.to_owned()).or_default() |= !wanted.read_only;
         let mut places = self.places.lock().await;
         if let Some(disk) = places.disks.iter_mut().flatten().find(|disk| disk.serves(&wanted)) {
             disk.containers.push(container.to_owned());
             return Ok(Some(disk.placed()));
         }
         let Some(place) = places.disks.iter().position(Option::is_none) else { return Ok(None) };
-        let (file, block_size) = open(&wanted).await.with_context(what)?;
-        let bytes = (&file).seek(SeekFrom::End(0)).with_context(what)?;
-        let disk =
-            Disk { place: place as u32, bytes, block_size, read_only: wanted.read_only, serial: serial(&wanted.name), limit: self.limit };
-        let identity = identity(&file.metadata().with_context(what)?);
-        sandbox.vmm.attach_disk(disk, file.as_fd()).await.with_context(what)?;
-        // Closed here, so that it is closed for good once the monitor has done so.
-        drop(file);
-        let Wanted { source, read_only, mount, .. } = wanted;
-        let mut disk = Attached { source, identity, read_only, mount, bytes, numbers: (0, 0), containers: Vec::new() };
-        match sandbox.agent.attach_disk(place as u32, disk.mount.clone()).await {
+        let (mut files, mut parts, mut block_size) = (Vec::new(), Vec::new(), BLOCK_SIZES[0]);
+        for source in &wanted.sources {
+            let (file, blocks) = open(source, wanted.mount.is_some(), wanted.read_only).await.with_context(what)?;
+            parts.push((&file).seek(SeekFrom::End(0)).with_context(what)?);
+            block_size = block_size.max(blocks);
+            files.push(file);
+        }
+        let identity = identity(&files.first().with_context(what)?.metadata().with_context(what)?);
+        let bytes = parts.iter().sum();
+        let disk = Disk {
+            place: place as u32,
+            parts: parts.clone(),
+            block_size,
+            read_only: wanted.read_only,
+            serial: serial(&wanted.name),
+            limit: self.limit,
+        };
+        let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        sandbox.vmm.attach_disk(disk, &descriptors).await.with_context(what)?;
+        // Closed here, so that they are closed for good once the monitor has done so.
+        drop(files);
+        let Wanted { sources, read_only, mount, divided, .. } = wanted;
+        let mut disk = Attached { sources, identity, divided, read_only, mount, bytes, numbers: (0, 0), containers: Vec::new() };
+        let parts = if divided { parts } else { Vec::new() };
+        match sandbox.agent.attach_disk(place as u32, disk.mount.clone(), parts).await {
             Ok(numbers) => disk.numbers = numbers,
             Err(error) => {
                 // It may be there all the same, or come yet.
@@ -150,15 +191,15 @@ impl Disks {
         Ok(Some(places.disks[place].insert(disk).placed()))
     }
 
-    /// Whether a container has disks, which are to be written out before its machine goes.
-    pub fn has(&self, container: &str) -> bool {
-        lock(&self.containers).contains(container)
+    /// Whether a container has disks that are to be written out before its machine goes.
+    pub fn are_written_by(&self, container: &str) -> bool {
+        lock(&self.containers).get(container).copied().unwrap_or_default()
     }
 
     /// Takes away the disks of a container that has exited, in a machine that is about to go: what the
     /// guest has not written yet is written then.
     pub async fn write_out(&self, sandbox: &Sandbox, container: &str) {
-        if self.has(container) {
+        if self.are_written_by(container) {
             // Without its mount namespace nothing holds them.
             let _ = sandbox.agent.delete(container, "").await;
             self.release(sandbox, container).await;
@@ -167,7 +208,7 @@ impl Disks {
 
     /// Takes away the disks that only this container has, once its processes are gone.
     pub async fn release(&self, sandbox: &Sandbox, container: &str) {
-        if !self.has(container) {
+        if !lock(&self.containers).contains_key(container) {
             return;
         }
         let mut places = self.places.lock().await;
@@ -177,7 +218,7 @@ impl Disks {
             if !disk.containers.is_empty() {
                 continue;
             }
-            let what = format!("disk {} of container {container}", disk.source.display());
+            let what = format!("disk {}", describe(&format!("of container {container}"), &disk.sources));
             if take_away(sandbox, place, &what).await {
                 *slot = None;
             }
@@ -217,7 +258,8 @@ impl Attached {
             (Some(has), Some(wants)) => has.type_ == wants.type_ && has.options == wants.options,
             _ => false,
         };
-        alike && !self.containers.is_empty() && self.source == wanted.source && self.read_only == wanted.read_only
+        let same = self.sources == wanted.sources && self.read_only == wanted.read_only && self.divided == wanted.divided;
+        alike && same && !self.containers.is_empty()
     }
 
     fn placed(&self) -> Placed {
@@ -241,7 +283,9 @@ async fn follow_sizes(places: Arc<Mutex<Places>>, sandbox: Arc<Sandbox>) {
         }
         for (place, slot) in (0u32..).zip(places.disks.iter_mut()) {
             let Some(disk) = slot else { continue };
-            if let Some(bytes) = size(&disk.source, disk.identity).filter(|bytes| *bytes != disk.bytes) {
+            // One of layers stays as it is.
+            let [source] = disk.sources.as_slice() else { continue };
+            if let Some(bytes) = size(source, disk.identity).filter(|bytes| *bytes != disk.bytes) {
                 disk.bytes = bytes;
                 // A monitor that is gone needs no sizes.
                 let _ = sandbox.vmm.resize_disk(place, bytes).await;
@@ -269,21 +313,21 @@ fn sysfs(device: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)))
 }
 
-/// Opens a disk; returns the size of its blocks besides. One that will be mounted and written is taken
+/// Opens a disk or a part of one; returns the size of its blocks besides. One that will be mounted and written is taken
 /// for us alone: a file system that two kernels write is lost.
-async fn open(wanted: &Wanted) -> Result<(File, u32)> {
+async fn open(source: &Path, mounted: bool, read_only: bool) -> Result<(File, u32)> {
     let mut options = File::options();
-    options.read(true).write(!wanted.read_only);
-    let kind = std::fs::metadata(&wanted.source)?.file_type();
-    let alone = wanted.mount.is_some() && !wanted.read_only;
+    options.read(true).write(!read_only);
+    let kind = std::fs::metadata(source)?.file_type();
+    let alone = mounted && !read_only;
     ensure!(kind.is_block_device() || kind.is_file(), "it is neither a block device nor a file");
     // Of a block device O_EXCL keeps the host from mounting it (open(2)).
     let flags = libc::O_NONBLOCK | if alone && kind.is_block_device() { libc::O_EXCL } else { 0 };
-    let file = options.custom_flags(flags).open(&wanted.source).map_err(|error| match error.raw_os_error() {
+    let file = options.custom_flags(flags).open(source).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => anyhow::anyhow!("it is in use on the host"),
         _ => error.into(),
     })?;
-    if wanted.mount.is_some() {
+    if mounted {
         let begin = Instant::now();
         loop {
             match if alone { file.try_lock() } else { file.try_lock_shared() } {
@@ -308,6 +352,15 @@ fn block_size(sysfs: &Path) -> u32 {
     size.filter(|size| BLOCK_SIZES.contains(size)).unwrap_or(BLOCK_SIZES[0])
 }
 
+/// A disk in messages: what it is, and where.
+fn describe(name: &str, sources: &[PathBuf]) -> String {
+    match sources {
+        [source] => format!("{name} ({})", source.display()),
+        [first, rest @ ..] => format!("{name} ({} and {} more)", first.display(), rest.len()),
+        [] => name.to_owned(),
+    }
+}
+
 /// As much of a name as a guest gets to know a disk by.
 fn serial(name: &str) -> String {
     name.chars().filter(char::is_ascii_graphic).take(SERIAL_BYTES).collect()
@@ -323,12 +376,14 @@ mod tests {
         let wanted = |options: &[&str]| {
             file_system("c", "mount0", "ext4", "/dev/null", options.iter().map(|option| (*option).to_owned()).collect()).unwrap()
         };
-        let Wanted { source, read_only, mount, .. } = wanted(&["rw"]);
-        let mut disk = Attached { source, identity: (0, 0), read_only, mount, bytes: 0, numbers: (254, 0), containers: vec!["c".into()] };
+        let Wanted { sources, read_only, mount, divided, .. } = wanted(&["rw"]);
+        let containers = vec!["c".into()];
+        let mut disk = Attached { sources, identity: (0, 0), divided, read_only, mount, bytes: 0, numbers: (254, 0), containers };
         assert_eq!(disk.placed().folder.unwrap(), "/run/caisson/disks/c/mount0");
         assert!(disk.serves(&wanted(&["rw", "loop"])));
         assert!(!disk.serves(&wanted(&["ro"])) && !disk.serves(&wanted(&["rw", "noatime"])));
         assert!(!disk.serves(&Wanted { mount: None, ..wanted(&["rw"]) }));
+        assert!(!disk.serves(&Wanted { divided: true, ..wanted(&["rw"]) }));
         // One that could not be taken away.
         disk.containers.clear();
         assert!(!disk.serves(&wanted(&["rw"])));
@@ -339,12 +394,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         std::fs::write(&path, [0; 1024]).unwrap();
-        let wanted = |option: &str| file_system("c", "disk0", "ext4", path.to_str().unwrap(), vec![option.into()]).unwrap();
-        let readers = [open(&wanted("ro")).await.unwrap(), open(&wanted("ro")).await.unwrap()];
-        assert!(open(&wanted("rw")).await.unwrap_err().to_string().contains("in use by another pod"));
+        let open = |read_only: bool| open(&path, true, read_only);
+        let readers = [open(true).await.unwrap(), open(true).await.unwrap()];
+        assert!(open(false).await.unwrap_err().to_string().contains("in use by another pod"));
         drop(readers);
-        let _writer = open(&wanted("rw")).await.unwrap();
-        assert!(open(&wanted("ro")).await.is_err());
+        let _writer = open(false).await.unwrap();
+        assert!(open(true).await.is_err());
         let opened = identity(&path.metadata().unwrap());
         assert_eq!((size(&path, opened), size(&path, (opened.0, opened.1 + 1))), (Some(1024), None));
     }

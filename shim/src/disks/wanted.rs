@@ -17,14 +17,16 @@ pub type Numbers = (u64, u64);
 
 /// What a container wants to have as a disk.
 pub struct Wanted {
-    /// The block device or file.
-    pub source: PathBuf,
+    /// The block device or file, or several that are one behind the other.
+    pub sources: Vec<PathBuf>,
     /// Whether nobody writes it.
     pub read_only: bool,
     /// By which container and guest know it.
     pub name: String,
     /// Where the guest mounts it, unless the container has the device itself.
     pub mount: Option<DiskMount>,
+    /// Whether each of them has a file system of its own.
+    pub divided: bool,
 }
 
 /// The file system on a device or in a file that a mount entry names.
@@ -59,7 +61,7 @@ pub fn file_system(container: &str, name: &str, kind: &str, source: &str, mut op
         options.push("ro".into());
     }
     let mount = DiskMount { container: container.into(), name: name.into(), type_: kind.into(), options, ..DiskMount::default() };
-    Some(Wanted { source: source.into(), read_only, name: name.into(), mount: Some(mount) })
+    Some(Wanted { sources: vec![source.into()], read_only, name: name.into(), mount: Some(mount), divided: false })
 }
 
 /// The block devices of the host that a specification names. A container that may use every device
@@ -77,7 +79,7 @@ pub fn devices(spec: &Value) -> Result<Vec<(Numbers, Wanted)>> {
         let writes = rule.and_then(|rule| rule["access"].as_str()).is_none_or(|access| access.contains('w'));
         let path = device["path"].as_str().unwrap_or_default();
         let name = Path::new(path).file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        wanted.push(((major, minor), Wanted { source, read_only: !writes, name, mount: None }));
+        wanted.push(((major, minor), Wanted { sources: vec![source], read_only: !writes, name, mount: None, divided: false }));
     }
     Ok(wanted)
 }

@@ -21,6 +21,7 @@ const PACKAGES: &[&str] = &[
     "containernetworking-plugins",
     "coreutils",
     "e2fsprogs",
+    "erofs-utils",
     "findutils",
     "fio",
     "grep",
@@ -45,6 +46,7 @@ const PACKAGES: &[&str] = &[
     "strace",
     "uidmap",
     "util-linux",
+    "virtiofsd",
     "xz-utils",
 ];
 /// The containerd versions that one Caisson binary has to serve: release, folder. The first is the node's default.

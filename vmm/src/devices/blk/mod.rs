@@ -1,4 +1,4 @@
-//! The block device (virtio 1.2, 5.2): a disk or a file of the host, as a disk of the guest.
+//! The block device (virtio 1.2, 5.2): a disk or a file of the host, or several one behind the other, as a disk of the guest.
 //!
 //! A machine has a few empty places for disks, as it has for network interfaces (see `net`): a pod's
 //! volumes are known only when its containers are made. A disk can be taken away again, and its
@@ -13,6 +13,7 @@
 //! requests are under way as there are queues. Why no `io_uring`: docs/decisions/010.
 #![expect(unsafe_code, reason = "a descriptor is borrowed from a type that does not lend it")]
 
+pub mod backing;
 pub mod request;
 
 use std::fs::File;
@@ -27,7 +28,8 @@ use caisson_protocol::vmm::{Disk, Stopped};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use self::request::{Backing, MAX_RANGE, SECTOR, answer};
+use self::backing::{Backing, SECTOR};
+use self::request::{MAX_RANGE, answer};
 use super::mmio::QUEUE_FEATURES;
 use super::queue::ActiveQueue;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
@@ -84,12 +86,12 @@ impl Place {
     ///
     /// # Errors
     /// When one is there already, or a thread cannot be started.
-    pub fn attach(&self, disk: Disk, file: File, queues: usize, control: &Arc<Control>) -> io::Result<()> {
+    pub fn attach(&self, disk: Disk, files: Vec<File>, queues: usize, control: &Arc<Control>) -> io::Result<()> {
         let mut place = lock(&self.0);
         if place.is_some() {
             return Err(io::Error::other("its place is taken"));
         }
-        let backing = Arc::new(Backing::new(&disk, file, Arc::clone(control)));
+        let backing = Arc::new(Backing::new(&disk, files, Arc::clone(control)));
         let workers = (0..queues).map(|queue| Worker::start(&backing, disk.place, queue, control)).collect::<io::Result<_>>()?;
         *place = Some(Attached { disk, backing, workers, service: None });
         Ok(())
@@ -288,7 +290,7 @@ mod tests {
         let place = Place::default();
         let mut device = Blk::new(place.clone(), 1);
         let limit = RateLimit { operations: 1, ..RateLimit::default() };
-        place.attach(Disk { limit, ..disk(false) }, file(), 1, &control).unwrap();
+        place.attach(Disk { limit, ..disk(false) }, vec![file()], 1, &control).unwrap();
         let backing = Arc::clone(&lock(&place.0).as_ref().unwrap().backing);
         let queue = queue(&memory, &[(HEADER_AT, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
         queue.kick().write(1).unwrap();
@@ -314,8 +316,8 @@ mod tests {
         let place = Place::default();
         let mut device = Blk::new(place.clone(), 1);
         assert_eq!(device.id(), 0);
-        place.attach(disk(false), file(), 1, &control).unwrap();
-        assert!(place.attach(disk(false), file(), 1, &control).is_err());
+        place.attach(disk(false), vec![file()], 1, &control).unwrap();
+        assert!(place.attach(disk(false), vec![file()], 1, &control).is_err());
         assert_eq!(device.id(), DEVICE_ID);
         for _ in 0..2 {
             // All zeroes: to read from the first sector.

@@ -1,25 +1,13 @@
 //! A disk's requests (virtio 1.2, 5.2.6): taken apart, checked, done.
-#![expect(unsafe_code, reason = "guest memory is given to the kernel by its address")]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
-use caisson_host::control::Control;
-use caisson_protocol::vmm::{Disk, Event};
-use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::{GuestMemory as _, VolatileSlice};
 
-use crate::devices::lock;
+use super::backing::{Backing, ID_BYTES};
 use crate::devices::queue::Chain;
-use crate::devices::rate::Limiter;
 use crate::memory::GuestMemory;
 
-/// Bytes of what the protocol calls a sector, whatever the disk's own are (5.2.4).
-pub const SECTOR: u64 = 512;
 /// Types of requests, and of their outcomes (5.2.6).
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -30,9 +18,8 @@ const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
-/// Bytes of a request's header, of a disk's id, and of a range to discard or to clear.
+/// Bytes of a request's header, and of a range to discard or to clear.
 const HEADER: usize = 16;
-const ID_BYTES: usize = 20;
 const RANGE: usize = 16;
 /// Of a range to clear: it may be given back to the host.
 const MAY_UNMAP: u32 = 1;
@@ -40,32 +27,6 @@ const MAY_UNMAP: u32 = 1;
 pub const MAX_RANGE: u32 = 1 << 21;
 /// Buffers of a request: what preadv(2) takes (`UIO_MAXIOV`). The header and the outcome have one each.
 const MAX_BUFFERS: usize = 1024;
-
-/// A disk's content and size, which all of its queues share.
-pub struct Backing {
-    // Closed before it is said to be.
-    file: File,
-    sectors: AtomicU64,
-    generation: AtomicU32,
-    read_only: bool,
-    serial: [u8; ID_BYTES],
-    /// None without a limit: then the queues do not wait for each other.
-    limiter: Option<Mutex<Limiter>>,
-    _farewell: Farewell,
-}
-
-/// Says that a disk is closed.
-struct Farewell {
-    control: Arc<Control>,
-    place: u32,
-}
-
-impl Drop for Farewell {
-    fn drop(&mut self) {
-        // When the shim is gone there is nobody to tell.
-        let _ = self.control.send(&Event::DiskDetached { place: self.place }, &[], true);
-    }
-}
 
 /// Does what a request asks for; returns how many bytes of its chain were written.
 pub fn answer(backing: &Backing, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
@@ -131,19 +92,11 @@ impl<'m> Request<'m> {
     /// Returns the bytes written into the driver's room.
     fn serve(&mut self, backing: &Backing) -> io::Result<usize> {
         match self.kind {
-            IN => {
-                let bytes = total(&self.room);
-                let offset = backing.place_of(self.sector, bytes as u64)?;
-                transfer(&backing.file, &self.room, offset, libc::preadv).map(|()| bytes)
-            }
-            OUT => {
-                backing.check_writable()?;
-                let offset = backing.place_of(self.sector, total(&self.sent) as u64)?;
-                transfer(&backing.file, &self.sent, offset, libc::pwritev).map(|()| 0)
-            }
-            FLUSH => backing.file.sync_data().map(|()| 0),
+            IN => backing.read(self.sector, &self.room).map(|()| total(&self.room)),
+            OUT => backing.write(self.sector, &self.sent).map(|()| 0),
+            FLUSH => backing.flush().map(|()| 0),
             GET_ID => {
-                let mut rest = &backing.serial[..];
+                let mut rest = &backing.serial()[..];
                 for slice in &self.room {
                     let count = slice.len().min(rest.len());
                     slice.copy_from(&rest[..count]);
@@ -152,7 +105,6 @@ impl<'m> Request<'m> {
                 Ok(ID_BYTES - rest.len())
             }
             DISCARD | WRITE_ZEROES => {
-                backing.check_writable()?;
                 let mut range = [0; RANGE];
                 match self.sent.as_slice() {
                     [slice] if slice.len() == RANGE => slice.copy_to(&mut range),
@@ -175,128 +127,22 @@ impl<'m> Request<'m> {
         if count > MAX_RANGE {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let length = u64::from(count) * SECTOR;
-        let offset = backing.place_of(sector, length)?;
-        if length == 0 {
-            return Ok(());
-        }
-        let give_back = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let keep = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let clear = |flags| fallocate(&backing.file, flags, offset, length as i64);
-        match self.kind {
-            DISCARD => clear(give_back)?,
-            // Where a range cannot be given back it is cleared all the same (5.2.6.2).
-            _ if may_unmap && clear(give_back).is_ok() => {}
-            _ => clear(keep)?,
-        }
-        Ok(())
+        if self.kind == DISCARD { backing.discard(sector, count.into()) } else { backing.clear(sector, count.into(), may_unmap) }
     }
 }
 
-impl Backing {
-    /// What is behind a disk; when it is let go the shim hears of it.
-    pub fn new(disk: &Disk, file: File, control: Arc<Control>) -> Self {
-        let mut serial = [0; ID_BYTES];
-        serial.iter_mut().zip(disk.serial.bytes()).for_each(|(to, from)| *to = from);
-        Self {
-            file,
-            sectors: AtomicU64::new(disk.bytes / SECTOR),
-            generation: AtomicU32::new(0),
-            read_only: disk.read_only,
-            serial,
-            limiter: (!disk.limit.is_none()).then(|| Mutex::new(Limiter::new(disk.limit, Instant::now()))),
-            _farewell: Farewell { control, place: disk.place },
-        }
-    }
-
-    /// How long its limit has the next request wait.
-    pub fn wait(&self) -> Option<Duration> {
-        lock(self.limiter.as_ref()?).wait(Instant::now())
-    }
-
-    fn pay(&self, bytes: usize) {
-        if let Some(limiter) = &self.limiter {
-            lock(limiter).pay(bytes);
-        }
-    }
-
-    /// Its size now.
-    pub fn sectors(&self) -> u64 {
-        self.sectors.load(Ordering::Acquire)
-    }
-
-    /// How often that has changed.
-    pub fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Acquire)
-    }
-
-    /// Changes it, to so many bytes.
-    pub fn resize(&self, bytes: u64) {
-        self.sectors.store(bytes / SECTOR, Ordering::Release);
-        self.generation.fetch_add(1, Ordering::AcqRel);
-    }
-
-    fn check_writable(&self) -> io::Result<()> {
-        if self.read_only { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
-    }
-
-    /// Where in the file so many bytes from a sector on are, when the disk has them.
-    fn place_of(&self, sector: u64, bytes: u64) -> io::Result<i64> {
-        let end = sector.checked_mul(SECTOR).and_then(|start| start.checked_add(bytes));
-        let inside = end.is_some_and(|end| end <= self.sectors().saturating_mul(SECTOR));
-        match i64::try_from(sector.saturating_mul(SECTOR)) {
-            Ok(offset) if inside && bytes.is_multiple_of(SECTOR) => Ok(offset),
-            _ => Err(io::ErrorKind::InvalidInput.into()),
-        }
-    }
-}
-
-fn total(slices: &[VolatileSlice<'_>]) -> usize {
+pub(super) fn total(slices: &[VolatileSlice<'_>]) -> usize {
     slices.iter().map(VolatileSlice::len).sum()
-}
-
-/// preadv(2) or pwritev(2).
-type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
-
-/// Reads or writes all that the buffers hold.
-fn transfer(file: &File, buffers: &[VolatileSlice<'_>], mut offset: i64, call: Call) -> io::Result<()> {
-    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
-    let mut vectors: Vec<libc::iovec> = guards
-        .iter()
-        .filter(|guard| guard.len() > 0)
-        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-        .collect();
-    let mut done = 0;
-    while done < vectors.len() {
-        let rest = &mut vectors[done..];
-        // SAFETY: each vector is a part of guest memory, which is mapped to the process's end and which
-        // only raw accesses like this one go to; the guards keep it.
-        let count = unsafe { call(file.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int, offset) };
-        let mut count = match usize::try_from(count) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => count,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => continue,
-                error => return Err(error),
-            },
-        };
-        offset += count as i64;
-        for vector in rest {
-            let part = count.min(vector.iov_len);
-            count -= part;
-            vector.iov_base = vector.iov_base.wrapping_byte_add(part);
-            vector.iov_len -= part;
-            done += usize::from(vector.iov_len == 0);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::fs::File;
     use std::io::{Read, Seek, Write};
+    use std::sync::Arc;
 
-    use caisson_protocol::vmm::RateLimit;
+    use caisson_host::control::Control;
+    use caisson_protocol::vmm::{Disk, RateLimit};
     use proptest::prelude::*;
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::desc::split::Descriptor;
@@ -304,6 +150,7 @@ pub(crate) mod tests {
     use vm_memory::{Bytes, GuestAddress};
     use vmm_sys_util::eventfd::EventFd;
 
+    use super::super::backing::SECTOR;
     use super::*;
     use crate::devices::queue::ActiveQueue;
 
@@ -315,7 +162,7 @@ pub(crate) mod tests {
     const DISK_BYTES: u64 = 64 << 10;
 
     pub fn disk(read_only: bool) -> Disk {
-        Disk { place: 3, bytes: DISK_BYTES, block_size: 512, read_only, serial: "volume".into(), limit: RateLimit::default() }
+        Disk { place: 3, parts: vec![DISK_BYTES], block_size: 512, read_only, serial: "volume".into(), limit: RateLimit::default() }
     }
 
     pub fn file() -> File {
@@ -329,16 +176,23 @@ pub(crate) mod tests {
         memory: GuestMemory,
         queue: ActiveQueue,
         backing: Backing,
+        file: File,
         _shim: Control,
     }
 
     impl Driver {
         fn new(read_only: bool, buffers: &[(u64, u32, u16)]) -> Self {
+            let file = file();
+            Self::with(&disk(read_only), vec![file.try_clone().unwrap()], file, buffers)
+        }
+
+        /// Of a disk of these files; `file` is what [`Self::content`] reads.
+        fn with(disk: &Disk, files: Vec<File>, file: File, buffers: &[(u64, u32, u16)]) -> Self {
             let (shim, control) = Control::pair().unwrap();
             let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-            let backing = Backing::new(&disk(read_only), file(), Arc::new(control));
+            let backing = Backing::new(disk, files, Arc::new(control));
             let queue = queue(&memory, buffers);
-            Self { memory, queue, backing, _shim: shim }
+            Self { memory, queue, backing, file, _shim: shim }
         }
 
         /// A request in the usual three buffers, one of them with data both ways as its flag says.
@@ -363,8 +217,8 @@ pub(crate) mod tests {
 
         fn content(&mut self, sector: u64) -> [u8; SECTOR as usize] {
             let mut content = [0; SECTOR as usize];
-            self.backing.file.seek(io::SeekFrom::Start(sector * SECTOR)).unwrap();
-            self.backing.file.read_exact(&mut content).unwrap();
+            self.file.seek(io::SeekFrom::Start(sector * SECTOR)).unwrap();
+            self.file.read_exact(&mut content).unwrap();
             content
         }
     }
@@ -386,7 +240,7 @@ pub(crate) mod tests {
         driver.memory.write_slice(&[7; 1024], GuestAddress(DATA)).unwrap();
         assert_eq!(driver.serve(), (OK, 1));
         assert_eq!((driver.content(2)[0], driver.content(3), driver.content(4), driver.content(5)[0]), (1, [7; 512], [7; 512], 1));
-        let mut driver = Driver { backing: driver.backing, ..Driver::request(false, IN, 4, 1024, WRITE) };
+        let mut driver = Driver { backing: driver.backing, file: driver.file, ..Driver::request(false, IN, 4, 1024, WRITE) };
         assert_eq!(driver.serve(), (OK, 1025));
         let mut data = [0; 1024];
         driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
@@ -403,6 +257,27 @@ pub(crate) mod tests {
         let mut data = [9; 513];
         driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
         assert_eq!((&data[..512], data[512]), (&[1; 512][..], OK));
+    }
+
+    #[test]
+    fn parts_of_a_disk_are_read_one_behind_the_other() {
+        let part = |byte: u8, bytes: usize| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&vec![byte; bytes]).unwrap();
+            file
+        };
+        // What does not fill a sector is not reached, and neither is what a file has beyond its part.
+        let files = vec![part(1, 700), part(2, 2048), part(3, 512)];
+        let disk = Disk { parts: vec![700, 1024, 512], ..disk(true) };
+        let buffers = [(HEADER_AT, 16, 0), (DATA, 100, WRITE), (DATA + 100, 1948, WRITE), (STATUS, 1, WRITE)];
+        let mut driver = Driver::with(&disk, files, file(), &buffers);
+        assert_eq!(driver.backing.sectors(), 4);
+        driver.ask(IN, 0);
+        assert_eq!(driver.serve(), (OK, 2049));
+        let mut data = [0; 2048];
+        driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
+        let expected: Vec<u8> = [(1, 512), (2, 1024), (3, 512)].iter().flat_map(|(byte, count)| vec![*byte; *count]).collect();
+        assert_eq!(data[..], expected[..]);
     }
 
     #[test]
