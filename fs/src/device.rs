@@ -18,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
+use vhost::vhost_user::Backend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
@@ -26,9 +27,10 @@ use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::FileSystem;
 use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
 use virtiofsd::server::Server;
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemory as _, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::dax::Dax;
 use crate::descriptors::Descriptors;
 
 /// Requests of high priority (forget, interrupt), and others.
@@ -61,14 +63,18 @@ pub struct Device<F: FileSystem + Send + Sync + 'static> {
 /// What workers need as well.
 struct Shared<F: FileSystem + Sync> {
     server: Server<F>,
+    /// Of a guest that has a window for files.
+    dax: Option<Dax>,
     fail: Fail,
 }
 
 impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     /// A device that looks for another request for at most so long after the last one, and has so many workers for requests
-    /// that wait: for disks, or for descriptors. `fail` ends the process, for the reason that it is given.
+    /// that wait: for disks, or for descriptors. `dax` serves what the guest maps, where it may. `fail` ends the process, for
+    /// the reason that it is given.
     pub fn new(
         fs: F,
+        dax: Option<Dax>,
         poll: Duration,
         workers: usize,
         descriptors: Arc<Descriptors>,
@@ -76,7 +82,7 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     ) -> Self {
         let fail: Fail = Arc::new(fail);
         let workers = Workers { count: workers, fail: Arc::clone(&fail), jobs: OnceLock::new() };
-        Self { shared: Arc::new(Shared { server: Server::new(fs), fail }), memory: RwLock::default(), poll, workers, descriptors }
+        Self { shared: Arc::new(Shared { server: Server::new(fs), dax, fail }), memory: RwLock::default(), poll, workers, descriptors }
     }
 
     /// Serves the queues until nothing has come for a while, and the guest knows that it has to wake us.
@@ -130,13 +136,11 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
 impl<F: FileSystem + Sync> Shared<F> {
     fn answer(&self, memory: &Memory, vring: &Vring, chain: DescriptorChain<Loaded>, kind: Option<Opcode>) -> Result<(), String> {
         let (head, memory) = (chain.head_index(), memory.memory());
-        let reader = Reader::new(&memory, chain.clone()).map_err(|error| format!("a request of the guest: {error}"))?;
-        let writer = Writer::new(&memory, chain).map_err(|error| format!("room for an answer to the guest: {error}"))?;
-        if takes_room_for_granted(kind) && writer.available_bytes() < size_of::<OutHeader>() {
-            return Err("a request of the guest has no room for its answer".into());
-        }
-        let length = self.server.handle_message(reader, writer, None::<&mut vhost::vhost_user::Backend>);
-        let length = length.map_err(|error| format!("a request of the guest: {error}"))?;
+        let length = match &self.dax {
+            // Its kernel may name what it has mapped as a buffer: that is memory of the monitor's, not ours.
+            Some(_) if !lies_in(&memory, &chain) => refuse(&memory, &chain)?,
+            dax => self.length_of_answer(&memory, chain, kind, dax.as_ref())?,
+        };
         let mut state = vring.get_mut();
         let give_back = |error| format!("give a request back to the guest: {error}");
         // An answer fits into a chain, whose length is a number of 32 bits.
@@ -145,6 +149,28 @@ impl<F: FileSystem + Sync> Shared<F> {
             state.signal_used_queue().map_err(|error| format!("interrupt the guest: {error}"))?;
         }
         Ok(())
+    }
+
+    fn length_of_answer(
+        &self,
+        memory: &Loaded,
+        chain: DescriptorChain<Loaded>,
+        kind: Option<Opcode>,
+        dax: Option<&Dax>,
+    ) -> Result<usize, String> {
+        let reader = Reader::new(memory, chain.clone()).map_err(|error| format!("a request of the guest: {error}"))?;
+        let writer = Writer::new(memory, chain).map_err(|error| format!("room for an answer to the guest: {error}"))?;
+        if takes_room_for_granted(kind) && writer.available_bytes() < size_of::<OutHeader>() {
+            return Err("a request of the guest has no room for its answer".into());
+        }
+        let answered = match dax.filter(|_| Dax::serves(kind)) {
+            Some(dax) => dax.answer(reader, writer).map_err(|error| error.to_string()),
+            None => {
+                let answered = self.server.handle_message(reader, writer, None::<&mut Backend>);
+                answered.map_err(|error| error.to_string())
+            }
+        };
+        answered.map_err(|error| format!("a request of the guest: {error}"))
     }
 
     fn answer_or_fail(&self, memory: &Memory, vring: &Vring, chain: DescriptorChain<Loaded>, kind: Option<Opcode>) {
@@ -172,7 +198,15 @@ impl<F: FileSystem + Send + Sync + 'static> VhostUserBackend for Device<F> {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::REPLY_ACK
+        let window = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::SHMEM;
+        let none = VhostUserProtocolFeatures::empty();
+        VhostUserProtocolFeatures::REPLY_ACK | if self.shared.dax.is_some() { window } else { none }
+    }
+
+    fn set_backend_req_fd(&self, monitor: Backend) {
+        if let Some(dax) = &self.shared.dax {
+            dax.connect(monitor);
+        }
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -224,6 +258,22 @@ fn kind(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> Option<Opcode> {
     let first = chain.clone().next().filter(|first| first.len() as usize >= size_of::<InHeader>())?;
     let [_length, opcode] = memory.read_obj::<[u32; 2]>(first.addr()).ok()?;
     Opcode::try_from(opcode).ok()
+}
+
+/// Whether all buffers of a request are in the memory that we have.
+fn lies_in(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> bool {
+    chain.clone().all(|buffer| memory.check_range(buffer.addr(), buffer.len() as usize))
+}
+
+/// Answers a request that its buffers lie where they cannot; returns the length of the answer.
+fn refuse(memory: &Loaded, chain: &DescriptorChain<Loaded>) -> Result<usize, String> {
+    let length = size_of::<OutHeader>();
+    let header = chain.clone().next().and_then(|first| memory.read_obj::<InHeader>(first.addr()).ok());
+    let room = chain.clone().find(|buffer| buffer.is_write_only() && buffer.len() as usize >= length);
+    let (Some(header), Some(room)) = (header, room) else { return Err("a request of the guest lies outside of its memory".into()) };
+    let answer = OutHeader { len: length as u32, error: -libc::EFAULT, unique: header.unique };
+    memory.write_obj(answer, room.addr()).map_err(|error| format!("an answer to the guest: {error}"))?;
+    Ok(length)
 }
 
 /// Whether a request waits for disks by its nature, so that others would wait for it.
@@ -285,216 +335,4 @@ fn work(jobs: &Mutex<Receiver<Job>>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc::{Sender, channel};
-    use virtiofsd::filesystem::{Context, FsOptions};
-    use virtiofsd::fuse::Attr;
-    use vm_memory::GuestAddress;
-
-    use super::*;
-
-    const DESCRIPTORS: u64 = 0x1000;
-    const AVAILABLE: u64 = 0x2000;
-    const USED: u64 = 0x3000;
-    const DATA: u64 = 0x4000;
-    /// Room for each request, and from its middle on for its answer.
-    const ROOM: u64 = 0x400;
-    const SIZE: u16 = 16;
-    const GETATTR: u32 = 3;
-    const OPEN: u32 = 14;
-    const FSYNC: u32 = 20;
-
-    /// A file system that takes its time, and in which nothing is synced until it is let go.
-    struct Slow {
-        answers_in: Duration,
-        let_go: Mutex<Receiver<()>>,
-    }
-
-    impl FileSystem for Slow {
-        type Inode = u64;
-        type Handle = u64;
-        type DirIter = virtiofsd::read_dir::ReadDir<Vec<u8>>;
-
-        fn init(&self, _: FsOptions) -> io::Result<FsOptions> {
-            Ok(FsOptions::empty())
-        }
-
-        fn getattr(&self, _: Context, _: u64, _: Option<u64>) -> io::Result<(Attr, Duration)> {
-            thread::sleep(self.answers_in);
-            Ok((Attr::default(), Duration::ZERO))
-        }
-
-        fn fsync(&self, _: Context, _: u64, _: bool, _: u64) -> io::Result<()> {
-            self.let_go.lock().unwrap().recv().map_err(io::Error::other)
-        }
-    }
-
-    /// A guest's side of the queues, of which it uses one.
-    struct Guest {
-        memory: Memory,
-        vrings: Vec<Vring>,
-        offered: u16,
-    }
-
-    impl Guest {
-        fn new(device: &Device<Slow>) -> Self {
-            let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap());
-            let vrings = [0, 0x8000].map(|start| {
-                let vring = Vring::new(memory.clone(), SIZE).unwrap();
-                vring.set_queue_size(SIZE);
-                vring.set_queue_info(start + DESCRIPTORS, start + AVAILABLE, start + USED).unwrap();
-                vring.set_queue_event_idx(true);
-                vring.set_queue_ready(true);
-                vring.set_enabled(true);
-                vring
-            });
-            device.update_memory(memory.clone()).unwrap();
-            Self { memory, vrings: vrings.into(), offered: 0 }
-        }
-
-        fn write<T: vm_memory::ByteValued>(&self, value: T, address: u64) {
-            self.memory.memory().write_obj(value, GuestAddress(address)).unwrap();
-        }
-
-        /// Offers a request without a kick.
-        fn offer(&mut self, opcode: u32) {
-            let (index, request) = (u64::from(self.offered), DATA + u64::from(self.offered) * ROOM);
-            self.write([64_u32, opcode], request);
-            // struct virtq_desc: address, length, flags (1: there is a next, 2: for the device to write), next.
-            for (number, address, length, flags, next) in
-                [(2 * index, request, 64_u32, 1_u16, 2 * index + 1), (2 * index + 1, request + ROOM / 2, 512, 2, 0)]
-            {
-                let descriptor = DESCRIPTORS + 16 * number;
-                self.write(address, descriptor);
-                self.write(length, descriptor + 8);
-                self.write([flags, next as u16], descriptor + 12);
-            }
-            self.write(2 * self.offered, AVAILABLE + 4 + 2 * index);
-            self.offered += 1;
-            self.write(self.offered, AVAILABLE + 2);
-        }
-
-        /// Waits until so many are answered; the numbers of their requests, in order.
-        fn answered(&self, count: u16) -> Vec<u32> {
-            let begin = Instant::now();
-            while self.memory.memory().read_obj::<u16>(GuestAddress(USED + 2)).unwrap() < count {
-                assert!(begin.elapsed() < Duration::from_secs(20), "not {count} are answered");
-                thread::sleep(Duration::from_millis(1));
-            }
-            let head = |index: u64| self.memory.memory().read_obj::<u32>(GuestAddress(USED + 4 + 8 * index)).unwrap();
-            (0..u64::from(count)).map(|index| head(index) / 2).collect()
-        }
-    }
-
-    /// A device, what lets its syncs go, and what it fails of.
-    fn device(answers_in: Duration, workers: usize) -> (Device<Slow>, Sender<()>, Receiver<String>) {
-        let (sender, let_go) = channel();
-        let (reason, reasons) = channel();
-        let fail = move |why| reason.send(why).unwrap();
-        let descriptors = Arc::new(Descriptors::new(1000, || ()));
-        let fs = Slow { answers_in, let_go: Mutex::new(let_go) };
-        (Device::new(fs, Duration::from_secs(1), workers, descriptors, fail), sender, reasons)
-    }
-
-    fn kick(device: &Device<Slow>, guest: &Guest) {
-        device.handle_event(0, EventSet::IN, &guest.vrings, 0).unwrap();
-    }
-
-    #[test]
-    fn nobody_waits_for_what_waits_for_disks() {
-        let (device, let_go, _reasons) = device(Duration::ZERO, 1);
-        let mut guest = Guest::new(&device);
-        guest.offer(FSYNC);
-        guest.offer(GETATTR);
-        kick(&device, &guest);
-        assert_eq!(guest.answered(1), [1]);
-        let_go.send(()).unwrap();
-        assert_eq!(guest.answered(2), [1, 0]);
-    }
-
-    #[test]
-    fn what_takes_a_descriptor_waits_until_there_is_room_and_the_rest_does_not() {
-        let (device, _let_go, _reasons) = device(Duration::ZERO, 1);
-        (0..900).for_each(|_| device.descriptors.take());
-        let mut guest = Guest::new(&device);
-        guest.offer(OPEN);
-        guest.offer(GETATTR);
-        kick(&device, &guest);
-        assert_eq!(guest.answered(1), [1]);
-        (0..100).for_each(|_| device.descriptors.give_back());
-        assert_eq!(guest.answered(2), [1, 0]);
-    }
-
-    #[test]
-    fn without_workers_requests_are_answered_in_order() {
-        let (device, let_go, _reasons) = device(Duration::ZERO, 0);
-        let mut guest = Guest::new(&device);
-        guest.offer(FSYNC);
-        guest.offer(GETATTR);
-        let_go.send(()).unwrap();
-        kick(&device, &guest);
-        assert_eq!(guest.answered(2), [0, 1]);
-    }
-
-    #[test]
-    fn a_request_that_comes_soon_needs_no_kick() {
-        let (device, _let_go, _reasons) = device(Duration::from_millis(100), 0);
-        let mut guest = Guest::new(&device);
-        guest.offer(GETATTR);
-        thread::scope(|scope| {
-            let vrings = guest.vrings.clone();
-            let kicked = scope.spawn(move || device.handle_event(0, EventSet::IN, &vrings, 0).unwrap());
-            guest.answered(1);
-            thread::sleep(Duration::from_millis(50));
-            guest.offer(GETATTR);
-            guest.answered(2);
-            kicked.join().unwrap();
-        });
-    }
-
-    #[test]
-    fn a_broken_queue_ends_the_server_with_its_reason() {
-        let (device, _let_go, reasons) = device(Duration::ZERO, 0);
-        let mut guest = Guest::new(&device);
-        guest.offer(GETATTR);
-        guest.write(SIZE + 5, AVAILABLE + 2);
-        kick(&device, &guest);
-        let reason = reasons.recv().unwrap();
-        assert!(reason.starts_with("the guest's queue: "), "{reason}");
-    }
-
-    #[test]
-    fn a_request_without_room_for_its_answer_ends_the_server_with_its_reason() {
-        const READ: u32 = 15;
-        let (device, _let_go, reasons) = device(Duration::ZERO, 0);
-        let mut guest = Guest::new(&device);
-        guest.offer(READ);
-        // The chain ends with the request.
-        guest.write([0_u16, 0], DESCRIPTORS + 12);
-        kick(&device, &guest);
-        assert_eq!(reasons.recv().unwrap(), "a request of the guest has no room for its answer");
-    }
-
-    #[test]
-    fn a_request_whose_header_begins_with_nothing_needs_room_for_its_answer_too() {
-        let (device, _let_go, reasons) = device(Duration::ZERO, 0);
-        let mut guest = Guest::new(&device);
-        // The first descriptor is of no bytes, before DESTROY, and the header is in the second, with READDIR.
-        guest.offer(38);
-        guest.write(0_u32, DESCRIPTORS + 8);
-        guest.write([64_u32, 28], DATA + ROOM / 2);
-        guest.write([0_u16, 0], DESCRIPTORS + 16 + 12);
-        kick(&device, &guest);
-        assert_eq!(reasons.recv().unwrap(), "a request of the guest has no room for its answer");
-    }
-
-    #[test]
-    fn a_queue_that_is_not_enabled_is_left_alone() {
-        let (device, _let_go, _reasons) = device(Duration::ZERO, 0);
-        let mut guest = Guest::new(&device);
-        guest.offer(GETATTR);
-        guest.vrings[0].set_enabled(false);
-        kick(&device, &guest);
-        assert_eq!(guest.memory.memory().read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 0);
-    }
-}
+mod tests;

@@ -1,5 +1,6 @@
 //! What `caisson-fs` serves, as a fuzz target tries it, too.
 
+pub mod dax;
 pub mod descriptors;
 pub mod device;
 mod seal;

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
 use caisson_fs::share::Share;
@@ -93,14 +94,16 @@ fn run(control: &Arc<Control>) -> Result<()> {
         let _ = witness.send(&Event::Crowded, &[], false);
     }));
     let fs = PassthroughFs::new(fs_config).context("open the share")?;
-    let fs = Share::new(fs, matches!(config.cache, CachePolicy::Auto), Arc::clone(&descriptors));
+    let fs = Share::new(fs, matches!(config.cache, CachePolicy::Auto), config.maps, Arc::clone(&descriptors));
+    let opener = fs.clone();
+    let dax = config.maps.then(|| Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes)));
     // Before any thread is started: each has the filter of who starts it.
     filter::install()?;
     let witness = Arc::clone(control);
     // On a single processor the guest cannot ask while somebody looks.
     let alone = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
     let poll = if alone { Duration::ZERO } else { Duration::from_micros(config.poll_us.into()) };
-    serve(socket, Device::new(fs, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
+    serve(socket, Device::new(fs, dax, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
 }
 
 /// A guest's `trusted` attributes are not the host's: those hold for every process there, and who sets them must be its

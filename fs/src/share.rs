@@ -25,6 +25,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -34,8 +35,10 @@ use virtiofsd::filesystem::{
     ZeroCopyReader, ZeroCopyWriter,
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
+use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 
+use crate::dax;
 use crate::descriptors::Descriptors;
 use crate::seal::Seal;
 
@@ -90,19 +93,58 @@ impl Opened {
     }
 }
 
-/// The share.
+/// The share. A copy is of the same one.
+#[derive(Clone)]
 pub struct Share {
-    fs: PassthroughFs,
+    fs: Arc<PassthroughFs>,
     /// Of the policy `auto` alone: with `always` a guest keeps everything, with `never` nothing.
-    opened: Option<Mutex<Opened>>,
+    opened: Option<Arc<Mutex<Opened>>>,
     descriptors: Arc<Descriptors>,
-    seal: Seal,
+    seal: Arc<Seal>,
+    /// Whether the guest maps files.
+    maps: bool,
+}
+
+/// Takes the file that it is to be written from.
+struct Taken(Option<File>);
+
+impl ZeroCopyWriter for Taken {
+    fn read_from_file_at(&mut self, file: &File, _: usize, _: u64, _: Option<ReadvFlags>) -> io::Result<usize> {
+        self.0 = Some(file.try_clone()?);
+        Ok(0)
+    }
 }
 
 impl Share {
-    /// A share of files; with `keep` the guest keeps what it has of files that did not change.
-    pub fn new(fs: PassthroughFs, keep: bool, descriptors: Arc<Descriptors>) -> Self {
-        Self { fs, opened: keep.then(Mutex::default), descriptors, seal: Seal::default() }
+    /// A share of files; with `keep` the guest keeps what it has of files that did not change, with `maps` it maps large ones.
+    pub fn new(fs: PassthroughFs, keep: bool, maps: bool, descriptors: Arc<Descriptors>) -> Self {
+        Self { fs: Arc::new(fs), opened: keep.then(Arc::default), descriptors, seal: Arc::default(), maps }
+    }
+
+    /// Opens a file that the guest knows, to be mapped.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn file(&self, ctx: Context, inode: Inode, writes: bool) -> io::Result<File> {
+        let flags = if writes { libc::O_RDWR } else { libc::O_RDONLY }.cast_unsigned();
+        let (handle, _) = self.descriptors.mind(self.fs.open(ctx, inode, false, flags))?;
+        let handle = handle.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+        let mut taken = Taken(None);
+        let read = self.fs.read(ctx, inode, handle, &mut taken, 1, 0, None, 0);
+        self.fs.release(ctx, inode, flags, handle, false, false, None)?;
+        read?;
+        taken.0.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    fn mark(&self, attr: &mut Attr) {
+        if self.maps {
+            dax::mark(attr);
+        }
+    }
+
+    fn marked(&self, mut entry: Entry) -> Entry {
+        self.mark(&mut entry.attr);
+        entry
     }
 
     /// Notes that the guest has a file open, when it has.
@@ -157,7 +199,7 @@ macro_rules! make {
     ($(fn $name:ident($($argument:ident: $kind:ty),*) in $folder:ident;)*) => {
         $(fn $name(&self, $($argument: $kind),*) -> io::Result<Entry> {
             self.seal.check($folder)?;
-            self.descriptors.answer(|| self.fs.$name($($argument),*), |entry| entry.inode)
+            self.descriptors.answer(|| self.fs.$name($($argument),*), |entry| entry.inode).map(|entry| self.marked(entry))
         })*
     };
 }
@@ -218,7 +260,7 @@ impl FileSystem for Share {
         self.seal.check(parent)?;
         let create = || self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions);
         let (entry, handle, options) = self.descriptors.answer(create, |(entry, ..)| entry.inode)?;
-        Ok((entry, self.hold(handle), options))
+        Ok((self.marked(entry), self.hold(handle), options))
     }
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
@@ -303,7 +345,32 @@ impl FileSystem for Share {
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         let entry = self.descriptors.answer(|| self.fs.lookup(ctx, parent, name), |entry| entry.inode)?;
         self.seal.learn(parent, name, entry.inode);
-        Ok(entry)
+        Ok(self.marked(entry))
+    }
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        let maps = if self.maps { FsOptions::HAS_INODE_DAX } else { FsOptions::empty() };
+        self.fs.init(capable).map(|wanted| wanted | maps)
+    }
+
+    fn getattr(&self, ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)> {
+        let (mut attr, valid) = self.fs.getattr(ctx, inode, handle)?;
+        self.mark(&mut attr);
+        Ok((attr, valid))
+    }
+
+    fn setattr(
+        &self,
+        ctx: Context,
+        inode: Inode,
+        attr: SetattrIn,
+        handle: Option<Handle>,
+        valid: SetattrValid,
+    ) -> io::Result<(Attr, Duration)> {
+        self.seal.check(inode)?;
+        let (mut attr, valid) = self.fs.setattr(ctx, inode, attr, handle, valid)?;
+        self.mark(&mut attr);
+        Ok((attr, valid))
     }
 
     make! {
@@ -314,8 +381,6 @@ impl FileSystem for Share {
     }
 
     change! {
-        fn setattr(ctx: Context, inode: Inode, attr: SetattrIn, handle: Option<Handle>, valid: SetattrValid) of inode
-            => io::Result<(Attr, Duration)>;
         fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) of inode => io::Result<()>;
         fn removexattr(ctx: Context, inode: Inode, name: &CStr) of inode => io::Result<()>;
         fn unlink(ctx: Context, parent: Inode, name: &CStr) of parent => io::Result<()>;
@@ -324,8 +389,6 @@ impl FileSystem for Share {
     }
 
     pass_on! {
-        fn init(capable: FsOptions) -> io::Result<FsOptions>;
-        fn getattr(ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
         fn readlink(ctx: Context, inode: Inode) -> io::Result<Vec<u8>>;
         fn flush(ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(ctx: Context, inode: Inode, datasync: bool, handle: Handle) -> io::Result<()>;
@@ -399,7 +462,7 @@ mod tests {
         let config = passthrough::Config { root_dir: folder.path().to_str().unwrap().into(), ..passthrough::Config::default() };
         let fs = PassthroughFs::new(config).unwrap();
         fs.open_root_node().unwrap();
-        let share = Share::new(fs, true, Arc::new(Descriptors::new(1000, || ())));
+        let share = Share::new(fs, true, false, Arc::new(Descriptors::new(1000, || ())));
         let context = || Context::from(InHeader::default());
         let file = share.lookup(context(), 1, c"file").unwrap().inode;
         let told = |flags: i32| !share.open(context(), file, false, flags.cast_unsigned()).unwrap().1.contains(OpenOptions::NOFLUSH);

@@ -55,7 +55,7 @@ impl Machine {
         ];
         let transports = devices.into_iter().map(|device| MmioTransport::new(device, memory.clone()).expect("a transport")).collect();
         let null = std::fs::File::create("/dev/null").expect("/dev/null");
-        let bus = Bus::new(transports, Some(Serial::new(null).expect("a serial port")));
+        let bus = Bus::new(transports, Some(Serial::new(null).expect("a serial port")), None);
         let (shim, control) = Control::pair().expect("a control socket");
         let streams = PORTS.map(|(port, ends)| {
             let (host, stream) = UnixStream::pair().expect("a socket");

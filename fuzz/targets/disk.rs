@@ -48,7 +48,7 @@ fuzz_target!(|data: &[u8]| {
             _ => {
                 while let Some(chain) = queue.next(&memory) {
                     let head = chain.head_index();
-                    let written = answer(&backing, &memory, chain);
+                    let written = answer(&backing, &memory, None, chain);
                     queue.give_back(&memory, head, written);
                 }
             }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
 use caisson_fs::share::Share;
@@ -109,8 +110,10 @@ fuzz_target!(|data: &[u8]| {
     let ended = Arc::new(AtomicBool::new(false));
     let end = Arc::clone(&ended);
     let descriptors = Arc::new(Descriptors::new(DESCRIPTORS, || ()));
-    let files = Share::new(fs, true, Arc::clone(&descriptors));
-    let device = Device::new(files, Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));
+    let files = Share::new(fs, true, true, Arc::clone(&descriptors));
+    let opener = files.clone();
+    let dax = Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes));
+    let device = Device::new(files, Some(dax), Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));
     let memory = GuestMemoryMmap::<BitmapMmapRegion>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("memory");
     let memory = GuestMemoryAtomic::new(memory);
     device.update_memory(memory.clone()).expect("it takes any memory");

@@ -27,6 +27,7 @@ fuzz_target!(|data: &[u8]| {
         features: 0,
         queues: rings[..2].iter().map(|rings| rings.queue(&memory)).collect(),
         memory: memory.clone(),
+        reach: None,
         interrupt: Arc::new(Interrupt::new().expect("an interrupt")),
     };
     let mut server = NetServer::new(activation, wire, RateLimit::default()).expect("two queues");

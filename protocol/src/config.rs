@@ -126,6 +126,8 @@ pub struct Config {
     pub fs_cache: CachePolicy,
     /// Whether the guest collects writes.
     pub fs_writeback: bool,
+    /// MiB of the window into which the guest maps files; 0 for none.
+    pub fs_window_mib: u64,
     /// What becomes of sockets of the host.
     pub fs_sockets: HostSockets,
     /// `fs.id_base`
@@ -181,6 +183,7 @@ impl Default for Config {
             tenant: Tenant::default(),
             fs_cache: CachePolicy::Auto,
             fs_writeback: false,
+            fs_window_mib: 0,
             fs_sockets: HostSockets::Refuse,
             fs_id_base: 0,
             fs_mapped_volumes: Vec::new(),

@@ -14,6 +14,8 @@ pub struct FsConfig {
     pub cache: CachePolicy,
     /// Whether the guest may collect writes before it makes them.
     pub writeback: bool,
+    /// Whether the guest has a window into which it may map files (virtio 1.2, 5.11.6.5).
+    pub maps: bool,
     /// Threads for requests that wait for disks or for descriptors, 0 to serve them like the others.
     pub threads: usize,
     /// For so long the server looks for the guest's next request before it sleeps, in microseconds.

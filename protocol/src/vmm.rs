@@ -16,6 +16,9 @@ pub const VCPUS: std::ops::RangeInclusive<u32> = 1..=32;
 /// Least and most guest memory in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 64..=1 << 20;
 
+/// Least and most MiB of a window for files, where there is one.
+pub const FILES_MIB: std::ops::RangeInclusive<u64> = 16..=8192;
+
 /// MiB that the memory for later comes in: a memory block of Linux.
 pub const ADDED_MIB_STEP: u64 = 128;
 
@@ -165,6 +168,8 @@ pub struct BootConfig {
     pub memory_mib: u64,
     /// The most MiB of memory that may be added later: 0, or a multiple of [`ADDED_MIB_STEP`].
     pub max_added_mib: u64,
+    /// MiB of the window into which the virtio-fs server maps files: 0 for none, or an even number in [`FILES_MIB`].
+    pub files_mib: u64,
     /// Whether the guest tells which of its memory is free, so that the host has it back.
     pub report_free_memory: bool,
     /// Added to the guest kernel's command line.

@@ -193,7 +193,8 @@ impl Boot<'_> {
 
         self.enter("starting the virtio-fs server");
         let (threads, poll_us) = (config.fs_threads as usize, config.fs_poll_us);
-        let fs_config = FsConfig { cache: config.fs_cache, writeback: config.fs_writeback, threads, poll_us };
+        let (cache, writeback, maps) = (config.fs_cache, config.fs_writeback, config.fs_window_mib > 0);
+        let fs_config = FsConfig { cache, writeback, maps, threads, poll_us };
         let (watched, crowded) = (Arc::clone(&vmm), Arc::new(Notify::new()));
         let on_end = move |end| async move {
             match end {
@@ -239,6 +240,7 @@ impl Boot<'_> {
             max_vcpus: bounds.most.vcpus,
             memory_mib: config.memory_mib,
             max_added_mib: bounds.max_added_mib(),
+            files_mib: config.fs_window_mib,
             report_free_memory: config.report_free_memory,
             kernel_args: config.kernel_args.clone(),
             console: files.console.is_some(),

@@ -25,7 +25,10 @@ pub const TESTS: &[Test] = &[
     ("a_memory_volume_is_the_guests_and_shared_by_its_containers", a_memory_volume_is_the_guests_and_shared_by_its_containers),
 ];
 
-pub const ALONE: &[Test] = &[("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host)];
+pub const ALONE: &[Test] = &[
+    ("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host),
+    ("a_file_in_a_window_is_the_hosts_own_memory", a_file_in_a_window_is_the_hosts_own_memory),
+];
 
 /// A folder of the host with a file system mounted in it, both in a shared tree as systemd makes it.
 struct Nested(String);
@@ -357,4 +360,29 @@ fn a_guest_sees_more_files_than_its_server_may_hold_open() {
         pod.exec(&[], &["sh", "-c", &format!("exec 3< /many/7; rm /many/7; {count}; echo held > /many/8; read line <&3; cat /many/8")]);
     assert_eq!((held.code, held.stdout.as_str()), (0, "held\n"), "{held:?}");
     shell(&format!("rm -rf {folder}"));
+}
+
+/// With `always` nothing that is cached of a file would ever be asked for again.
+fn a_file_in_a_window_is_the_hosts_own_memory() {
+    let _settings = Config::set("[fs]\nwindow_mib = 32\ncache = \"always\"\n");
+    let folder = format!("/tmp/{}", id("window"));
+    shell(&format!("mkdir {folder}; head -c 20M /dev/urandom > {folder}/file"));
+    let mount = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
+    let pod = PodOfCtr::start("window", &["--mount", &mount], SLEEP);
+    let inside = |script: &str| pod.exec(&[], &["sh", "-c", script]).stdout.trim().to_owned();
+    let cached = || inside("grep ^Cached: /proc/meminfo | tr -s ' ' | cut -d ' ' -f 2").parse::<u64>().unwrap();
+    let before = cached();
+    assert_eq!(inside("md5sum < /data/file"), shell(&format!("md5sum < {folder}/file")));
+    assert!(cached() < before + 4096, "of 20 MiB the guest has {} KiB of its own", cached() - before);
+    shell(&format!("echo host | dd of={folder}/file bs=1M seek=3 conv=notrunc"));
+    assert_eq!(inside("dd if=/data/file bs=1M skip=3 count=1 | head -c 4"), "host");
+    inside("echo guest | dd of=/data/file bs=1M seek=5 conv=notrunc");
+    assert_eq!(shell(&format!("dd if={folder}/file bs=1 skip=5242880 count=5 2> /dev/null")), "guest");
+    // Files that grow and shrink, and more of them than the window holds at a time.
+    let script = "for n in 1 2 3 4 5 6 7 8 9 10; do cat /data/file | head -c ${n}500000 > /data/$n; done; \
+        truncate -s 600000 /data/9; cat /data/1 >> /data/9; : > /data/8; cat /data/2 >> /data/8; cd /data; md5sum * | sort";
+    assert_eq!(inside(script), shell(&format!("cd {folder}; md5sum * | sort")));
+    assert_eq!(inside("cd /data; md5sum * | sort"), shell(&format!("cd {folder}; md5sum * | sort")));
+    drop(pod);
+    shell(&format!("rm -r {folder}"));
 }

@@ -34,8 +34,12 @@ const RUNTIME: &[Allow] = &[
 const CONTROL: &[Allow] =
     &[Call(libc::SYS_eventfd2), CallWith(libc::SYS_ioctl, 1, &[0x4020_ae46, 0x4020_ae76, 0x4040_ae79]), Call(libc::SYS_recvmsg)];
 
-/// `KVM_RUN`, and the vhost-user conversation of a device's activation.
-const VCPU: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64])];
+/// What the virtio-fs server asks to be mapped.
+const FILES: &[Allow] = &[Call(libc::SYS_recvmsg), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFD as u64])];
+
+/// `KVM_RUN`, how long a file is that the guest has mapped, and the vhost-user conversation of a device's activation.
+const VCPU: &[Allow] =
+    &[CallWith(libc::SYS_ioctl, 1, &[0xae80]), Call(libc::SYS_lseek), CallWith(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64])];
 
 /// What makes a vCPU: `KVM_CREATE_VCPU`, `KVM_SET_CPUID2`, `KVM_SET_MSRS`, `KVM_GET_LAPIC`, `KVM_SET_LAPIC`.
 const SPARE: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x8400_ae8e, 0x4400_ae8f])];
@@ -103,6 +107,7 @@ pub fn use_one_heap() {
 /// The lists of each role.
 const CONTROL_LISTS: &[&[Allow]] = &[RUNTIME, CONTROL, THREADS, DISK];
 const DISK_LISTS: &[&[Allow]] = &[RUNTIME, DISK];
+const FILES_LISTS: &[&[Allow]] = &[RUNTIME, FILES];
 const VCPU_LISTS: &[&[Allow]] = &[RUNTIME, VCPU];
 const SPARE_LISTS: &[&[Allow]] = &[RUNTIME, VCPU, SPARE, THREADS];
 const IO_LISTS: &[&[Allow]] = &[RUNTIME, IO];
@@ -111,10 +116,11 @@ const IO_LISTS: &[&[Allow]] = &[RUNTIME, IO];
 pub type Role = (&'static str, fn() -> Result<(), SeccompError>, &'static [&'static [Allow]]);
 
 /// All of them.
-pub const ROLES: [Role; 5] = [
+pub const ROLES: [Role; 6] = [
     ("control", control, CONTROL_LISTS),
     ("devices", io, IO_LISTS),
     ("disk", disk, DISK_LISTS),
+    ("files", files, FILES_LISTS),
     ("vcpu", vcpu, VCPU_LISTS),
     ("spare", spare_vcpu, SPARE_LISTS),
 ];
@@ -135,6 +141,11 @@ pub fn control() -> Result<(), SeccompError> {
 /// Restricts a thread that serves a disk's queue.
 pub fn disk() -> Result<(), SeccompError> {
     install("a disk's thread", DISK_LISTS)
+}
+
+/// Restricts the thread that maps files for the guest.
+pub fn files() -> Result<(), SeccompError> {
+    install("the thread that maps files", FILES_LISTS)
 }
 
 /// Restricts a vCPU's thread.

@@ -12,13 +12,14 @@ use anyhow::{Context, Result, ensure};
 use caisson_host::control::Control;
 use caisson_protocol::guest::{FIRST_DISK_DEVICE, FIRST_NIC_DEVICE};
 use caisson_protocol::vmm::{
-    ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISK_PARTS, DISKS, Disk, Event, MEMORY_MIB, NICS, Nic, Stopped, VCPUS,
+    ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISK_PARTS, DISKS, Disk, Event, FILES_MIB, MEMORY_MIB, NICS, Nic, Stopped, VCPUS,
 };
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::files::FileWindow;
 use crate::devices::io_thread::{Attached, Command, Commands, IoThread};
 use crate::devices::mmio::{INTERRUPT_ACK, INTERRUPT_QUEUE, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::serial::Serial;
@@ -212,7 +213,11 @@ impl Machine {
 
         let added = mem::Shared::new(layout.added_start(), layout.added);
         let (io, commands) = IoThread::new(Arc::clone(&added)).context("create the device thread")?;
-        let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs)).context("connect to the virtio-fs server")?;
+        let window = (config.files_mib > 0).then(|| FileWindow::new(config.files_mib).map(Arc::new)).transpose();
+        let window = window.context("make room for the window for files")?;
+        let reach = window.as_ref().map(|window| give_window(&vm, &memory, window, layout)).transpose()?;
+        let shared = window.as_ref().map(|window| (layout.window_start(), window));
+        let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs), shared).context("connect to the virtio-fs server")?;
         let places = Places::default();
         let mut transports = vec![
             MmioTransport::new(Box::new(vhost_fs), memory.clone())?,
@@ -221,14 +226,14 @@ impl Machine {
         ];
         for (index, place) in places.nics.iter().enumerate() {
             let device = net::Net::new(index, place.clone(), commands.clone());
-            transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
+            transports.push(MmioTransport::new(Box::new(device), memory.clone())?.reaching(reach.as_ref()));
         }
         transports.push(MmioTransport::new(Box::new(mem::Mem::new(Arc::clone(&added), commands.clone())), memory.clone())?);
         let balloon = balloon::Balloon::new(commands.clone(), config.report_free_memory);
         transports.push(MmioTransport::new(Box::new(balloon), memory.clone())?);
         for place in &places.disks {
             let device = blk::Blk::new(place.clone(), config.max_vcpus);
-            transports.push(MmioTransport::new(Box::new(device), memory.clone())?);
+            transports.push(MmioTransport::new(Box::new(device), memory.clone())?.reaching(reach.as_ref()));
         }
         let slots: Vec<DeviceSlot> = (0u32..).take(transports.len()).map(slot).collect();
         show_windows(&vm, memory.num_regions() as u32, &mut transports)?;
@@ -249,7 +254,7 @@ impl Machine {
         vcpu::write_boot_tables(&memory)?;
         let vcpus = Vcpus::new(&kvm, Arc::clone(&vm), config)?;
         let first_vcpus = (0..config.vcpus as u8).map(|index| vcpus.make(index, (index == 0).then_some(entry))).collect::<Result<_>>()?;
-        let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial)) };
+        let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial, window)) };
         Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, vm })
     }
 
@@ -282,6 +287,9 @@ fn check(config: &BootConfig) -> Result<()> {
         "{} MiB of added memory: allowed is 0 to {room}, in steps of {ADDED_MIB_STEP}",
         config.max_added_mib
     );
+    let (least, most) = (FILES_MIB.start(), FILES_MIB.end());
+    let allowed = config.files_mib == 0 || (FILES_MIB.contains(&config.files_mib) && config.files_mib.is_multiple_of(2));
+    ensure!(allowed, "{} MiB for a window for files: allowed is 0, or an even number from {least} to {most}", config.files_mib);
     Ok(())
 }
 
@@ -317,6 +325,15 @@ fn give_memory(vm: &VmFd, memory: &GuestMemory, slot: u32, start: GuestAddress) 
     };
     // SAFETY: the mapping is that of `memory`, which Machine and its threads keep to the process's end.
     unsafe { vm.set_user_memory_region(region) }.context("give the VM its memory")
+}
+
+/// Gives KVM the window for files behind all memory; returns both together.
+fn give_window(vm: &VmFd, memory: &GuestMemory, window: &FileWindow, layout: Layout) -> Result<GuestMemory> {
+    let start = layout.window_start();
+    let reach = memory::with_window(memory, window, start)?;
+    // Behind the slots of memory, and that of the register windows.
+    give_memory(vm, &reach, memory.num_regions() as u32 + 1, GuestAddress(start))?;
+    Ok(reach)
 }
 
 /// Gives the guest the windows of the devices whose registers change by its own doing, as memory that it

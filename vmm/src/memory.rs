@@ -8,6 +8,7 @@
 //! 0xd0000000..4 GiB   devices: virtio-mmio, IOAPIC, local APIC
 //! 4 GiB    the rest of memory
 //! ...      room for memory that is added later, from a multiple of 1 GiB on
+//! ...      the window for files, likewise (`devices/files.rs`)
 //! ```
 //!
 //! Every page that the guest touches for the first time costs an exit and a fault of the host, so
@@ -24,6 +25,8 @@ use std::sync::Arc;
 use caisson_protocol::guest::PANIC_LOG_BYTES;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::devices::files::FileWindow;
 
 /// The guest's memory, shared with the virtio-fs server.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -105,6 +108,11 @@ impl Layout {
         (MMIO_END + self.high).next_multiple_of(1 << 30)
     }
 
+    /// Where the window for files begins, behind all memory.
+    pub const fn window_start(&self) -> u64 {
+        (self.added_start() + self.added).next_multiple_of(1 << 30)
+    }
+
     /// Where the panic log lies.
     pub const fn panic_log(&self) -> u64 {
         self.low - PANIC_LOG_BYTES
@@ -131,6 +139,20 @@ pub fn map(file: File, added: File, layout: Layout) -> Result<GuestMemory, Memor
         regions.push(map_region(&Arc::new(added), 0, layout.added, GuestAddress(layout.added_start()))?);
     }
     GuestMemory::from_regions(regions).map_err(|error| MemoryError::Map(io::Error::other(error)))
+}
+
+/// Guest memory together with a window for files at a guest physical address: what a device that touches it by system
+/// calls alone may be told to read and write.
+///
+/// # Errors
+/// When there is no place for the window.
+pub fn with_window(memory: &GuestMemory, window: &FileWindow, start: u64) -> Result<GuestMemory, MemoryError> {
+    let failed = |error: &dyn std::fmt::Display| MemoryError::Map(io::Error::other(error.to_string()));
+    let builder = MmapRegionBuilder::new(window.bytes() as usize).with_mmap_prot(libc::PROT_NONE).with_mmap_flags(libc::MAP_NORESERVE);
+    // SAFETY: the window's addresses are its own to the process's end.
+    let region = unsafe { builder.with_raw_mmap_pointer(window.address()) }.build().map_err(|error| failed(&error))?;
+    let region = GuestRegionMmap::new(region, GuestAddress(start)).ok_or_else(|| failed(&"there is no such address"))?;
+    memory.insert_region(Arc::new(region)).map_err(|error| failed(&error))
 }
 
 /// Maps a part of the file where huge pages fit: at a multiple of their size.

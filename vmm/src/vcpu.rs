@@ -154,6 +154,8 @@ pub fn run(vcpu: &mut VcpuFd, bus: &Arc<Bus>) -> Result<(), VcpuError> {
             Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => {}
             Ok(other) => return Err(VcpuError::Unexpected(format!("{other:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            // Memory that is none: of a file that was mapped and has become shorter it is some from now on.
+            Err(error) if error.errno() == libc::EFAULT && bus.repair() => {}
             Err(source) => return Err(VcpuError::Kvm { operation: "run the vCPU", source }),
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::{Config, HostNamespaces, HostSockets, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::publish::MOST_PUBLISHED;
-use crate::vmm::{MEMORY_MIB, VCPUS};
+use crate::vmm::{FILES_MIB, MEMORY_MIB, VCPUS};
 
 /// A value as it stands in a file or an annotation.
 #[derive(Debug, Clone, PartialEq)]
@@ -327,6 +327,14 @@ pub const KEYS: &[Key] = &[
         "true or false",
         |c, v| c.fs_writeback = boolean(&v)?,
         |c| c.fs_writeback.to_string()
+    ),
+    key!(
+        "fs.window_mib",
+        "MiB of the window in which a guest has large files as the host's own memory of them, a 64th of which it takes of its own; 0 for none",
+        "0, or an even number from 16 to 8192",
+        |c, v| c.fs_window_mib = integer::<u64>(&v, 0, FILES_MIB.end().cast_signed())
+            .filter(|mib| *mib == 0 || (FILES_MIB.contains(mib) && mib.is_multiple_of(2)))?,
+        |c| c.fs_window_mib.to_string()
     ),
     key!(
         "fs.sockets",

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::vhost::VhostBackend;
@@ -13,6 +14,7 @@ use ::vhost::vhost_user::{Frontend, VhostUserFrontend};
 use caisson_protocol::guest::SHARE_TAG;
 use vm_memory::GuestMemory as _;
 
+use super::files::{self, FileWindow};
 use super::{ActivateError, Activation, VirtioDevice, read_config_bytes, vhost};
 
 const DEVICE_ID: u32 = 26;
@@ -28,25 +30,33 @@ pub struct VhostUserFs {
     server: Frontend,
     features: u64,
     config: Vec<u8>,
+    /// Where the guest has the window for files, and its size.
+    window: Option<(u64, u64)>,
 }
 
 impl VhostUserFs {
-    /// Asks the server for its features.
+    /// Asks the server for its features, and lets it map files into a window that the guest has at an address.
     ///
     /// # Errors
     /// When the server does not answer in time or as the protocol says.
-    pub fn connect(socket: UnixStream) -> io::Result<Self> {
+    pub fn connect(socket: UnixStream, window: Option<(u64, &Arc<FileWindow>)>) -> io::Result<Self> {
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         let mut server = Frontend::from_stream(socket, QUEUE_SIZES.len() as u64);
         server.set_owner().map_err(io::Error::other)?;
         let features = server.get_features().map_err(io::Error::other)?;
         let offered = server.get_protocol_features().map_err(io::Error::other)?;
-        server.set_protocol_features(offered & VhostUserProtocolFeatures::REPLY_ACK).map_err(io::Error::other)?;
+        let maps = VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::SHMEM;
+        let none = VhostUserProtocolFeatures::empty();
+        let wanted = VhostUserProtocolFeatures::REPLY_ACK | if window.is_some() { maps } else { none };
+        server.set_protocol_features(offered & wanted).map_err(io::Error::other)?;
+        if let Some((_, files)) = window {
+            server.set_backend_request_fd(&files::serve(files)?).map_err(io::Error::other)?;
+        }
         let mut config = vec![0; TAG_BYTES];
         config[..SHARE_TAG.len()].copy_from_slice(SHARE_TAG.as_bytes());
         config.extend_from_slice(&(QUEUE_SIZES.len() as u32 - 1).to_le_bytes());
-        Ok(Self { server, features, config })
+        Ok(Self { server, features, config, window: window.map(|(address, files)| (address, files.bytes())) })
     }
 
     fn hand_over(&mut self, activation: &Activation) -> ::vhost::Result<()> {
@@ -70,6 +80,10 @@ impl VirtioDevice for VhostUserFs {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn shared_memory(&self) -> Option<(u64, u64)> {
+        self.window
     }
 
     fn features(&self) -> u64 {

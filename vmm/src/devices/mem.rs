@@ -288,7 +288,8 @@ mod tests {
         let shared = Shared::new(layout.added_start(), layout.added);
         assert!(shared.request(requested * BLOCK));
         let queue = ActiveQueue::new(Queue::new(QUEUE_SIZES[0]).unwrap(), EventFd::new(0).unwrap());
-        let activation = Activation { features: 0, queues: vec![queue], memory, interrupt: Arc::new(Interrupt::new().unwrap()) };
+        let activation =
+            Activation { features: 0, queues: vec![queue], memory, reach: None, interrupt: Arc::new(Interrupt::new().unwrap()) };
         (MemServer::new(activation, shared).unwrap(), layout.added_start())
     }
 

@@ -68,6 +68,7 @@ struct State {
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
+    region_select: u32,
     queues: Vec<QueueState>,
 }
 
@@ -75,6 +76,7 @@ struct State {
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     memory: GuestMemory,
+    reach: Option<GuestMemory>,
     interrupt: Arc<Interrupt>,
     kicks: Vec<EventFd>,
     state: State,
@@ -90,7 +92,13 @@ impl MmioTransport {
         let queues = device.most_queues();
         let kicks = (0..queues).map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)).collect::<Result<_, _>>()?;
         let state = State { queues: vec![QueueState::default(); queues], ..State::default() };
-        Ok(Self { device, memory, interrupt: Arc::new(Interrupt::new()?), kicks, state, window: None })
+        Ok(Self { device, memory, reach: None, interrupt: Arc::new(Interrupt::new()?), kicks, state, window: None })
+    }
+
+    /// Lets the device have buffers in a window for files, too.
+    pub fn reaching(mut self, reach: Option<&GuestMemory>) -> Self {
+        self.reach = reach.cloned();
+        self
     }
 
     /// Shows the registers in a window from now on. The device's own changes are shown by [`Self::show`] alone,
@@ -149,11 +157,19 @@ impl MmioTransport {
             // without us. Telling the driver to look is always right.
             0x60 => INTERRUPT_QUEUE | if self.interrupt.config_changed() { INTERRUPT_CONFIG } else { 0 },
             0x70 => self.state.status,
-            // No shared memory regions: their length is all ones (4.2.2).
-            0xb0 | 0xb4 => u32::MAX,
+            // Of a shared memory region that there is not the length is all ones (4.2.2).
+            0xb0 => self.shared_memory().1 as u32,
+            0xb4 => (self.shared_memory().1 >> 32) as u32,
+            0xb8 => self.shared_memory().0 as u32,
+            0xbc => (self.shared_memory().0 >> 32) as u32,
             0xfc => self.device.config_generation(),
             _ => 0,
         }
+    }
+
+    /// The region that is selected.
+    fn shared_memory(&self) -> (u64, u64) {
+        self.device.shared_memory().filter(|_| self.state.region_select == 0).unwrap_or((u64::MAX, u64::MAX))
     }
 
     fn queue(&self) -> Option<&QueueState> {
@@ -170,6 +186,7 @@ impl MmioTransport {
             0x24 => self.state.driver_features_select = value,
             0x20 if self.state.status & FEATURES_OK == 0 => self.accept_features(value),
             0x30 => self.state.queue_select = value,
+            0xac => self.state.region_select = value,
             INTERRUPT_ACK if value & INTERRUPT_CONFIG != 0 => self.interrupt.acknowledge_config(),
             0x70 => self.set_status(value),
             0x38 | 0x44 | 0x80 | 0x84 | 0x90 | 0x94 | 0xa0 | 0xa4 if configurable => self.set_queue(offset, value),
@@ -233,6 +250,7 @@ impl MmioTransport {
                 features: self.state.driver_features,
                 queues,
                 memory: self.memory.clone(),
+                reach: self.reach.clone(),
                 interrupt: Arc::clone(&self.interrupt),
             };
             self.device.activate(activation).map_err(|error| format!("{error}: {}", error.source))

@@ -7,6 +7,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod files;
 pub mod fs;
 pub mod io_thread;
 pub mod mem;
@@ -22,10 +23,11 @@ pub mod vsock;
 pub mod window;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use self::files::FileWindow;
 use self::mmio::MmioTransport;
 use self::queue::ActiveQueue;
 use self::serial::Serial;
@@ -93,8 +95,11 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// Guest memory.
     pub memory: GuestMemory,
+    /// Guest memory with the window for files, where there is one: buffers may lie in it for whoever reads and writes them by
+    /// system calls alone.
+    pub reach: Option<GuestMemory>,
     /// The device's interrupt.
-    pub interrupt: std::sync::Arc<Interrupt>,
+    pub interrupt: Arc<Interrupt>,
 }
 
 /// A device that could not be taken into service.
@@ -126,6 +131,11 @@ pub trait VirtioDevice: Send {
     fn used_queues(&self, _features: u64) -> usize {
         self.queue_sizes().len()
     }
+    /// Memory that it shares with the driver beside the queues', as its guest physical address and its size in bytes
+    /// (2.10): the region of number 0.
+    fn shared_memory(&self) -> Option<(u64, u64)> {
+        None
+    }
     /// Features on offer.
     fn features(&self) -> u64;
     /// Reads the configuration space; what lies beyond reads as zero.
@@ -153,6 +163,7 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
 pub struct Bus {
     transports: Vec<Mutex<MmioTransport>>,
     serial: Option<Mutex<Serial>>,
+    files: Option<Arc<FileWindow>>,
 }
 
 /// First and last port of the first serial port.
@@ -162,9 +173,14 @@ const KEYBOARD_COMMAND: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
 
 impl Bus {
-    /// A bus with these devices, in windows from [`MMIO_START`] on.
-    pub fn new(transports: Vec<MmioTransport>, serial: Option<Serial>) -> Self {
-        Self { transports: transports.into_iter().map(Mutex::new).collect(), serial: serial.map(Mutex::new) }
+    /// A bus with these devices, in windows from [`MMIO_START`] on, beside a window for files.
+    pub fn new(transports: Vec<MmioTransport>, serial: Option<Serial>, files: Option<Arc<FileWindow>>) -> Self {
+        Self { transports: transports.into_iter().map(Mutex::new).collect(), serial: serial.map(Mutex::new), files }
+    }
+
+    /// Mends memory that cannot be read, as of a file that has become shorter; whether there was some.
+    pub fn repair(&self) -> bool {
+        self.files.as_ref().is_some_and(|files| files.repair())
     }
 
     /// A device, by the number of its window.
@@ -225,7 +241,7 @@ mod tests {
 
     #[test]
     fn where_no_device_is_reads_give_ones_and_writes_nothing() {
-        let bus = Bus::new(Vec::new(), None);
+        let bus = Bus::new(Vec::new(), None, None);
         let mut data = [0; 4];
         bus.mmio_read(MMIO_START, &mut data);
         assert_eq!(data, [0xff; 4]);
@@ -235,7 +251,7 @@ mod tests {
 
     #[test]
     fn the_keyboard_controller_resets_the_machine() {
-        let bus = Bus::new(Vec::new(), None);
+        let bus = Bus::new(Vec::new(), None, None);
         assert!(bus.port_write(KEYBOARD_COMMAND, &[KEYBOARD_RESET]));
         assert!(!bus.port_write(KEYBOARD_COMMAND, &[0xaa]));
     }

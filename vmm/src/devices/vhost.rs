@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
-use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion};
+use vm_memory::{Address, FileOffset, GuestMemory as _, GuestMemoryRegion};
 
 use super::Interrupt;
 use super::queue::ActiveQueue;
@@ -51,13 +51,14 @@ fn regions(memory: &GuestMemory) -> vhost::Result<Vec<VhostUserMemoryRegionInfo>
     memory
         .iter()
         .map(|region| {
-            let file = region.file_offset().ok_or(vhost::Error::InvalidGuestMemory)?;
+            // The host's kernel needs no file: it sees our memory.
+            let file = region.file_offset();
             Ok(VhostUserMemoryRegionInfo {
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
-                mmap_offset: file.start(),
-                mmap_handle: file.file().as_raw_fd(),
+                mmap_offset: file.map_or(0, FileOffset::start),
+                mmap_handle: file.map_or(-1, |file| file.file().as_raw_fd()),
             })
         })
         .collect()

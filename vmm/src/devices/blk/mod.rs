@@ -204,13 +204,14 @@ impl VirtioDevice for Blk {
         let failed = |reason: &str| ActivateError { device: "block", source: io::Error::other(reason) };
         let mut place = lock(&self.place.0);
         let attached = place.as_mut().ok_or_else(|| failed("there is no disk"))?;
-        let Activation { queues, memory, interrupt, .. } = activation;
+        let Activation { queues, memory, reach, interrupt, .. } = activation;
         let stopping = Arc::new(AtomicBool::new(false));
         let mut done = Vec::new();
         for (queue, worker) in queues.into_iter().zip(&attached.workers) {
             let (alive, ended) = channel();
-            let (memory, interrupt, stopping) = (memory.clone(), Arc::clone(&interrupt), Arc::clone(&stopping));
-            let server = QueueServer { queue, memory, interrupt, stopping, _alive: alive };
+            let (memory, reach) = (memory.clone(), reach.clone());
+            let (interrupt, stopping) = (Arc::clone(&interrupt), Arc::clone(&stopping));
+            let server = QueueServer { queue, memory, reach, interrupt, stopping, _alive: alive };
             worker.work.send(server).map_err(|_| failed("its thread is gone"))?;
             done.push(ended);
         }
@@ -234,6 +235,8 @@ impl VirtioDevice for Blk {
 struct QueueServer {
     queue: ActiveQueue,
     memory: GuestMemory,
+    /// Where what is read or written may lie besides.
+    reach: Option<GuestMemory>,
     interrupt: Arc<Interrupt>,
     stopping: Arc<AtomicBool>,
     _alive: Sender<()>,
@@ -251,7 +254,7 @@ impl QueueServer {
             }
             if let Some(chain) = self.queue.next(&self.memory) {
                 let head = chain.head_index();
-                let written = answer(backing, &self.memory, chain);
+                let written = answer(backing, &self.memory, self.reach.as_ref(), chain);
                 self.queue.give_back(&self.memory, head, written);
                 self.queue.signal(&self.memory, &self.interrupt);
                 continue;
@@ -295,7 +298,7 @@ mod tests {
         let queue = queue(&memory, &[(HEADER_AT, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
         queue.kick().write(1).unwrap();
         let interrupt = Arc::new(Interrupt::new().unwrap());
-        device.activate(Activation { features: 0, queues: vec![queue], memory: memory.clone(), interrupt }).unwrap();
+        device.activate(Activation { features: 0, queues: vec![queue], memory: memory.clone(), reach: None, interrupt }).unwrap();
         let held = (0..500).any(|_| {
             std::thread::sleep(Duration::from_millis(10));
             backing.wait().is_some()
@@ -324,7 +327,8 @@ mod tests {
             let queue = queue(&memory, &[(HEADER_AT, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
             queue.kick().write(1).unwrap();
             memory.write_slice(&[0xff], GuestAddress(STATUS)).unwrap();
-            let activation = Activation { features: 0, queues: vec![queue], memory: memory.clone(), interrupt: Arc::clone(&interrupt) };
+            let activation =
+                Activation { features: 0, queues: vec![queue], memory: memory.clone(), reach: None, interrupt: Arc::clone(&interrupt) };
             device.activate(activation).unwrap();
             let answered = (0..500).any(|_| {
                 std::thread::sleep(Duration::from_millis(10));

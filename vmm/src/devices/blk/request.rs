@@ -2,6 +2,7 @@
 
 use std::io;
 
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemory as _, VolatileSlice};
 
 use super::backing::{Backing, ID_BYTES};
@@ -28,10 +29,11 @@ pub const MAX_RANGE: u32 = 1 << 21;
 /// Buffers of a request: what preadv(2) takes (`UIO_MAXIOV`). The header and the outcome have one each.
 const MAX_BUFFERS: usize = 1024;
 
-/// Does what a request asks for; returns how many bytes of its chain were written.
-pub fn answer(backing: &Backing, memory: &GuestMemory, chain: Chain<'_>) -> u32 {
+/// Does what a request asks for; returns how many bytes of its chain were written. What is read or written may lie
+/// anywhere in `reach`, all else is in memory.
+pub fn answer(backing: &Backing, memory: &GuestMemory, reach: Option<&GuestMemory>, chain: Chain<'_>) -> u32 {
     // A chain that has no place for the outcome cannot be answered.
-    let Some(mut request) = Request::read(memory, chain) else { return 0 };
+    let Some(mut request) = Request::read(memory, reach, chain) else { return 0 };
     backing.pay(total(&request.sent) + total(&request.room));
     let (outcome, written) = match request.serve(backing) {
         Ok(written) => (OK, written),
@@ -54,15 +56,25 @@ struct Request<'m> {
 }
 
 impl<'m> Request<'m> {
-    fn read(memory: &'m GuestMemory, chain: Chain<'m>) -> Option<Self> {
+    fn read(memory: &'m GuestMemory, reach: Option<&'m GuestMemory>, chain: Chain<'m>) -> Option<Self> {
         let (mut sent, mut room) = (Vec::new(), Vec::new());
+        let is_ours = |buffer: &Descriptor| memory.check_range(buffer.addr(), buffer.len() as usize);
+        let reach = reach.filter(|_| !chain.clone().all(|buffer| is_ours(&buffer)));
+        if reach.is_some() {
+            // Drivers have header and outcome in buffers of their own.
+            let first = chain.clone().next().filter(|first| first.len() as usize == HEADER)?;
+            let last = chain.clone().last()?;
+            if !is_ours(&first) || !is_ours(&last) || !last.is_write_only() {
+                return None;
+            }
+        }
         for descriptor in chain {
             let list = if descriptor.is_write_only() { &mut room } else { &mut sent };
             if list.len() == MAX_BUFFERS {
                 return None;
             }
             // A buffer may reach over two regions of memory; the driver's never do.
-            list.push(memory.get_slice(descriptor.addr(), descriptor.len() as usize).ok()?);
+            list.push(reach.unwrap_or(memory).get_slice(descriptor.addr(), descriptor.len() as usize).ok()?);
         }
         // How the parts are spread over buffers is the driver's affair (2.7.4).
         let mut header = [0; HEADER];
@@ -86,7 +98,8 @@ impl<'m> Request<'m> {
         *last = last.subslice(0, end).ok()?;
         let kind = u32::from_le_bytes(header[..4].try_into().ok()?);
         let sector = u64::from_le_bytes(header[8..].try_into().ok()?);
-        Some(Self { kind, sector, sent, room, status })
+        // Others are done without the kernel's help.
+        (reach.is_none() || matches!(kind, IN | OUT)).then_some(Self { kind, sector, sent, room, status })
     }
 
     /// Returns the bytes written into the driver's room.
@@ -145,7 +158,6 @@ pub(crate) mod tests {
     use caisson_protocol::vmm::{Disk, RateLimit};
     use proptest::prelude::*;
     use virtio_queue::desc::RawDescriptor;
-    use virtio_queue::desc::split::Descriptor;
     use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Bytes, GuestAddress};
     use vmm_sys_util::eventfd::EventFd;
@@ -211,7 +223,7 @@ pub(crate) mod tests {
         /// The outcome, and the bytes that were written.
         fn serve(&mut self) -> (u8, u32) {
             let chain = self.queue.next(&self.memory).unwrap();
-            let written = answer(&self.backing, &self.memory, chain);
+            let written = answer(&self.backing, &self.memory, None, chain);
             (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), written)
         }
 
@@ -253,7 +265,7 @@ pub(crate) mod tests {
         let mut driver = Driver::new(false, &buffers);
         driver.ask(IN, 0);
         let chain = driver.queue.next(&driver.memory).unwrap();
-        assert_eq!(answer(&driver.backing, &driver.memory, chain), 513);
+        assert_eq!(answer(&driver.backing, &driver.memory, None, chain), 513);
         let mut data = [9; 513];
         driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
         assert_eq!((&data[..512], data[512]), (&[1; 512][..], OK));
@@ -330,7 +342,7 @@ pub(crate) mod tests {
             let mut driver = Driver::new(false, &buffers);
             driver.memory.write_slice(&header, GuestAddress(HEADER_AT)).unwrap();
             if let Some(chain) = driver.queue.next(&driver.memory) {
-                answer(&driver.backing, &driver.memory, chain);
+                answer(&driver.backing, &driver.memory, None, chain);
             }
         }
     }

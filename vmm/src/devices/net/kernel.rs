@@ -34,7 +34,8 @@ impl Kernel {
     /// When there are too few queues, or the kernel refuses.
     pub fn start(wires: Vec<(File, File)>, mut activation: Activation) -> io::Result<Self> {
         let control = if has_control(activation.features) { activation.queues.pop() } else { None };
-        let Activation { features, queues, memory, interrupt } = activation;
+        let Activation { features, queues, memory, reach, interrupt } = activation;
+        let reach = reach.as_ref().unwrap_or(&memory);
         // A driver may use a single pair of all that there are.
         let pairs = wires.into_iter().zip(queues.chunks_exact(2));
         let (mut taps, mut servers) = (Vec::new(), Vec::new());
@@ -44,7 +45,7 @@ impl Kernel {
             } else {
                 set_queue(&tap, libc::IFF_DETACH_QUEUE)?;
             }
-            servers.push(VhostNet::start(device, &tap, features, &memory, queues, &interrupt)?);
+            servers.push(VhostNet::start(device, &tap, features, reach, queues, &interrupt)?);
             taps.push(tap);
         }
         if servers.is_empty() {

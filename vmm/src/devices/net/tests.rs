@@ -42,7 +42,7 @@ impl Driver {
         tap.set_nonblocking(true).unwrap();
         host.set_nonblocking(true).unwrap();
         let interrupt = Arc::new(Interrupt::new().unwrap());
-        let activation = Activation { features: FEATURES | OFFLOADS, queues, memory: memory.clone(), interrupt };
+        let activation = Activation { features: FEATURES | OFFLOADS, queues, memory: memory.clone(), reach: None, interrupt };
         let server = NetServer::new(activation, Wire::Tap(File::from(OwnedFd::from(tap))), RateLimit::default()).unwrap();
         Self { memory, host, server }
     }
