@@ -41,6 +41,15 @@ pub enum NetworkDefault {
     User,
 }
 
+/// How an interface of a pod's network namespace is joined to its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Join {
+    /// Traffic control redirects frames between it and a tap.
+    Redirect,
+    /// A macvtap on it takes what arrives.
+    Macvtap,
+}
+
 /// What becomes of a socket or FIFO of the host among a container's mounts, whose other end a machine cannot reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostSockets {
@@ -106,6 +115,8 @@ pub struct Config {
     pub network_publish: Vec<Publish>,
     /// Whether the host's kernel serves network interfaces where it can.
     pub network_vhost: bool,
+    /// How a pod's interfaces are joined to the machine.
+    pub network_join: Join,
     /// Most megabits a second of an interface, each way; 0 for no limit.
     pub network_max_mbit: u32,
     /// Most frames a second of an interface, each way; 0 for no limit.
@@ -173,6 +184,7 @@ impl Default for Config {
             network_passt: "/usr/bin/passt".into(),
             network_publish: Vec::new(),
             network_vhost: true,
+            network_join: Join::Redirect,
             network_max_mbit: 0,
             network_max_frames: 0,
             disk_max_mib: 0,

@@ -125,7 +125,7 @@ impl Machine {
     /// Gives the guest the interfaces of a network namespace, now and as they change.
     async fn connect(&self, path: &Path) -> anyhow::Result<()> {
         let connect = || async {
-            let network = Arc::new(Network::open(path, self.config.vcpus, self.config.network_vhost, self.config.network_limit())?);
+            let network = Arc::new(Network::open(path, &self.config)?);
             network.sync(&self.sandbox, &self.store).await?;
             network.follow(Arc::clone(&self.sandbox), Arc::clone(&self.store))?;
             network.forward(Arc::clone(&self.sandbox));

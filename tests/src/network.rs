@@ -107,6 +107,7 @@ fn an_interface_has_queues_for_each_vcpu_that_runs() {
         ("[vm]\nvcpus = 2\n", "rx-0\nrx-1\ntx-0\ntx-1\n", "numqueues 2 numdisabled 0"),
         ("[vm]\nvcpus = 2\n[kernel]\nargs = \"maxcpus=1\"\n", "rx-0\ntx-0\n", "numqueues 1 numdisabled 1"),
         ("[vm]\nvcpus = 2\n[network]\nvhost = false\n", "rx-0\ntx-0\n", ""),
+        ("[vm]\nvcpus = 2\n[network]\njoin = \"macvtap\"\n", "rx-0\nrx-1\ntx-0\ntx-1\n", "macvtap"),
     ] {
         let _settings = Config::set(settings);
         let network = Network::new();
@@ -146,14 +147,15 @@ impl Drop for Background {
 }
 
 fn a_file_crosses_the_network_both_ways() {
-    for vhost in [true, false] {
-        let _settings = Config::set(&format!("[network]\nvhost = {vhost}\n"));
+    for (vhost, join) in [(true, "redirect"), (false, "redirect"), (true, "macvtap"), (false, "macvtap")] {
+        let _settings = Config::set(&format!("[network]\nvhost = {vhost}\njoin = \"{join}\"\n"));
         let network = Network::new();
         let mount = "type=bind,src=/usr/share/caisson,dst=/usr/share/caisson,options=rbind:ro";
         let pod = Pod::start("net", &["--mount", mount, "--with-ns", &network.option()], "sleep 1000");
         // By the host's kernel or by the monitor.
         let served = shell(&format!("ls -l /proc/{}/fd | grep -c /dev/vhost-net; true", pod.host_pid("vmm")));
         assert_eq!(served, u8::from(vhost).to_string());
+        assert_eq!(network.ip("-d link show caisson0").contains("macvtap mode passthru"), join == "macvtap");
         a_file_crosses(&network, &pod);
     }
 }
@@ -297,18 +299,25 @@ fn remains(network: &Network) -> String {
 }
 
 fn nothing_stays_in_a_network_namespace() {
-    let network = Network::new();
+    for (join, left) in [("redirect", ["dev eth7", "caisson0"]), ("macvtap", ["caisson0@eth7", "caisson0"])] {
+        let _settings = Config::set(&format!("[network]\njoin = \"{join}\"\n"));
+        nothing_stays(&Network::new(), &left);
+    }
+}
+
+/// After a pod that is seen by what it has `left` while it runs.
+fn nothing_stays(network: &Network, left: &[&str]) {
     let pod = network.pod();
-    assert_contains(&remains(&network), &["dev eth7", "caisson0"]);
+    assert_contains(&remains(network), left);
     drop(pod);
-    assert_eq!(remains(&network), "");
+    assert_eq!(remains(network), "");
     // As much after a death without warning.
     let pod = network.pod();
-    assert_contains(&remains(&network), &["dev eth7"]);
+    assert_contains(&remains(network), left);
     shell(&format!("kill -9 {}", pod.host_pid("shim")));
     eventually(|| pod.status().as_deref() != Some("RUNNING"), "the pod still runs");
     drop(pod);
-    eventually(|| remains(&network).is_empty(), "something stays in the namespace");
+    eventually(|| remains(network).is_empty(), "something stays in the namespace");
     // And the next pod finds it as new.
     let option = network.option();
     let name = id("again");

@@ -32,7 +32,7 @@ const UNITS: &[(&str, &str)] = &[
     ("stream-", "Mbit/s"),
     ("answer-", "µs"),
 ];
-/// Ratios that have a name of their own: it, ours, the peer's. Any other figure of ours that has one of runc has a ratio, too.
+/// Ratios that have a name of their own: it, ours, the peer's. Any other figure of ours that a peer has has a ratio, too.
 const RATIOS: &[(&str, &str, &str)] = &[
     ("machine ready / QEMU microvm to its first program", "start.caisson", "start.qemu-microvm"),
     ("ctr run true / runc", "run.caisson", "run.runc"),
@@ -45,13 +45,16 @@ const RATIOS: &[(&str, &str, &str)] = &[
     ("CRI: statistics of fifty containers / runc", "cri-stats.caisson", "cri-stats.runc"),
 ];
 
+/// Whom files, disks and the network are measured beside.
+const PEERS: &[&str] = &["runc", "qemu"];
+
 /// What `cargo xtask bench` was asked for.
 #[derive(clap::Args, Clone, Debug)]
 pub struct BenchArgs {
     /// Runs of each figure; the median and the spread are printed
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub runs: u32,
-    /// Measure files, disks and the network beside runc's, instead of starts, memory and sizes
+    /// Measure files, disks and the network beside those of runc and of QEMU with virtiofsd, instead of starts, memory and sizes
     #[arg(long)]
     pub data: bool,
     /// Measure on the instruction clock
@@ -120,9 +123,11 @@ fn unit(name: &str) -> &'static str {
 fn ratios(figures: &BTreeMap<String, Vec<f64>>) -> Vec<(String, f64)> {
     let ratio = |ours: &str, peer: &str| Some(median(figures.get(ours)?) / median(figures.get(peer)?));
     let named = RATIOS.iter().filter_map(|(name, ours, peer)| Some(((*name).to_owned(), ratio(ours, peer)?)));
-    let others = figures.keys().filter(|name| RATIOS.iter().all(|(_, ours, _)| ours != name)).filter_map(|name| {
-        let figure = name.strip_suffix(".caisson")?;
-        Some((format!("{figure} / runc"), ratio(name, &format!("{figure}.runc"))?))
+    let unnamed = figures.keys().filter(|name| RATIOS.iter().all(|(_, ours, _)| ours != name));
+    let others = unnamed.filter_map(|name| name.strip_suffix(".caisson")).flat_map(|figure| {
+        let ratio =
+            move |peer: &str| Some((format!("{figure} / {peer}"), ratio(&format!("{figure}.caisson"), &format!("{figure}.{peer}"))?));
+        PEERS.iter().filter_map(move |peer| ratio(peer))
     });
     named.chain(others).collect()
 }

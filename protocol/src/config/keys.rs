@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Config, HostNamespaces, HostSockets, NetworkDefault};
+use super::{Config, HostNamespaces, HostSockets, Join, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::publish::MOST_PUBLISHED;
 use crate::vmm::{FILES_MIB, MEMORY_MIB, VCPUS};
@@ -202,6 +202,20 @@ pub const KEYS: &[Key] = &[
         "true or false",
         |c, v| c.network_vhost = boolean(&v)?,
         |c| c.network_vhost.to_string()
+    ),
+    key!(
+        "network.join",
+        "how a pod's interfaces are joined to its machine: frames redirected by traffic control, or a macvtap on the interface where one can be",
+        "\"redirect\" or \"macvtap\"",
+        |c, v| c.network_join = match v {
+            Value::Text(t) if t == "redirect" => Join::Redirect,
+            Value::Text(t) if t == "macvtap" => Join::Macvtap,
+            _ => return None,
+        },
+        |c| quoted(match c.network_join {
+            Join::Redirect => "redirect",
+            Join::Macvtap => "macvtap",
+        })
     ),
     key!(
         "network.max_mbit",

@@ -6,11 +6,13 @@
 //! ```
 //!
 //! Beside each interface of the namespace there is a tap, and traffic control hands every frame from
-//! one to the other, so that any plugin works unchanged. Addresses, routes, rules and fixed
+//! one to the other, so that any plugin works unchanged (`join.rs`, with another way). Addresses, routes, rules and fixed
 //! neighbours are read by rtnetlink(7) and replayed in the guest as they are. [`Network::sync`]
 //! brings the guest up to date; it is run at the start and whenever the namespace changes.
 
+mod entries;
 mod forward;
+mod join;
 mod netns;
 mod steer;
 pub mod user;
@@ -25,32 +27,25 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::{ConfigureNetworkRequest, Interface};
+use caisson_protocol::config::{Config, Join};
 use caisson_protocol::record::NetworkRecord;
 use caisson_protocol::vmm::{NIC_PAIRS, NICS, Nic, NicWire, RateLimit};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
-use rtnetlink::packet_core::NetlinkMessage;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
-use rtnetlink::packet_route::neighbour::{NeighbourMessage, NeighbourState};
-use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType};
-use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::{IpVersion, LinkUnspec, MulticastGroup, RouteMessageBuilder};
+use rtnetlink::packet_route::neighbour::NeighbourMessage;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::rule::RuleMessage;
+use rtnetlink::{IpVersion, MulticastGroup, RouteMessageBuilder};
 
+use self::entries::{changes, depends_only_on, is_fixed_neighbour, is_own_rule, replayed_address, replayed_route};
 use self::forward::Forward;
+use self::join::TAP;
 use self::netns::Netns;
 use crate::sandbox::Sandbox;
 use crate::store::Store;
 
-/// The loopback interface has this index in every namespace.
-const LOOPBACK: u32 = 1;
-/// Parent of filters on what an interface receives (`TC_H_INGRESS`, tc(8)), and all protocols (`ETH_P_ALL`).
-const INGRESS: u32 = 0xffff_0000;
-const ALL_PROTOCOLS: u16 = 3u16.to_be();
-/// The routing table of a host's own addresses (`RT_TABLE_LOCAL`), which the guest's kernel fills by itself.
-const TABLE_LOCAL: u8 = 255;
-/// Rules that every namespace has: local, main, default (ip-rule(8)).
-const USUAL_RULES: [u32; 3] = [0, 32_766, 32_767];
 /// For changes that come together, as when a plugin works on an interface.
 const SETTLE: Duration = Duration::from_millis(50);
 /// From a change that could not be followed to the next try.
@@ -66,6 +61,7 @@ pub struct Network {
     /// So many pairs of queues of each interface the host's kernel is to serve where it can; none with 0.
     pairs: u32,
     limit: RateLimit,
+    join: Join,
     known: tokio::sync::Mutex<Known>,
 }
 
@@ -91,12 +87,12 @@ struct Attached {
 }
 
 impl Network {
-    /// The network in the namespace that `path` names, for a machine that starts with so many vCPUs; the host's kernel
-    /// serves its interfaces where `vhost` says so, which knows no limit.
+    /// The network in the namespace that `path` names. The host's kernel serves its interfaces where the configuration says so
+    /// and sets no limit, of which that knows nothing.
     ///
     /// # Errors
     /// When it cannot be opened, or is the host's own.
-    pub fn open(path: &Path, vcpus: u32, vhost: bool, limit: RateLimit) -> Result<Self> {
+    pub fn open(path: &Path, config: &Config) -> Result<Self> {
         let Some(netns) = Netns::open(path)? else {
             bail!("the network namespace {} is the host's own, which a virtual machine cannot share", path.display());
         };
@@ -106,8 +102,10 @@ impl Network {
             rtnetlink::new_connection().context("open a netlink socket")
         })?;
         tokio::spawn(connection);
-        let pairs = if vhost && limit.is_none() { vcpus.min(NIC_PAIRS) } else { 0 };
-        Ok(Self { netns, path: path.to_owned(), handle, pairs, limit, known: tokio::sync::Mutex::default() })
+        let limit = config.network_limit();
+        let pairs = if config.network_vhost && limit.is_none() { config.vcpus.min(NIC_PAIRS) } else { 0 };
+        let (path, join) = (path.to_owned(), config.network_join);
+        Ok(Self { netns, path, handle, pairs, limit, join, known: tokio::sync::Mutex::default() })
     }
 
     /// Attaches interfaces that are new, takes those away that are gone, and tells the guest of every
@@ -157,21 +155,15 @@ impl Network {
     async fn attach(&self, link: &Link, known: &mut Known, sandbox: &Sandbox, store: &Store) -> Result<()> {
         let is_free = |place: &u32| !known.attached.values().any(|other| other.place == *place);
         let place = (0..NICS).find(is_free).with_context(|| format!("a pod can have {NICS} of them"))?;
-        let name = format!("caisson{}", known.taps_made);
+        let name = format!("{TAP}{}", known.taps_made);
         known.taps_made += 1;
         let servers = vhost_net(self.pairs);
-        let taps = self.netns.make_tap(&name, (servers.len() as u32).max(1))?;
-        let message = self.handle.link().get().match_name(name).execute().try_next().await.context("find the tap")?;
-        let index = message.context("find the tap")?.header.index;
-        known.taps.push(index);
-        self.bring_up(index, link.mtu).await?;
         // On record first: the namespace may outlive the pod.
         let inode = self.netns.inode()?;
         let mut interfaces: Vec<u32> = known.attached.keys().copied().collect();
         interfaces.push(link.index);
         store.change(|record| record.network = Some(NetworkRecord { path: self.path.clone(), inode, interfaces }))?;
-        self.redirect(link.index, index).await.with_context(|| format!("redirect what arrives at {}", link.name))?;
-        self.redirect(index, link.index).await.context("redirect what the guest sends")?;
+        let (taps, index) = self.join_tap(link, name, (servers.len() as u32).max(1), &mut known.taps).await?;
         let wire = if servers.is_empty() { NicWire::Tap } else { NicWire::Kernel { pairs: servers.len() as u32 } };
         let nic = Nic { place, mac: link.mac, wire, limit: self.limit };
         let fds: Vec<BorrowedFd<'_>> = taps.iter().chain(&servers).map(File::as_fd).collect();
@@ -179,20 +171,6 @@ impl Network {
         known.attached.insert(link.index, Attached { told: None, place, tap: index });
         log::debug!("interface {} is the guest's interface {place}", link.name);
         Ok(())
-    }
-
-    /// Brings a tap up, with the MTU of the interface that it is beside.
-    async fn bring_up(&self, tap: u32, mtu: u16) -> Result<()> {
-        let up = LinkUnspec::new_with_index(tap).mtu(u32::from(mtu)).up().build();
-        self.handle.link().set(up).execute().await.context("bring the tap up")
-    }
-
-    /// Hands every frame that arrives at one interface to another.
-    async fn redirect(&self, from: u32, to: u32) -> Result<()> {
-        let index = from.cast_signed();
-        self.handle.qdisc().add(index).ingress().execute().await.context("add the ingress qdisc")?;
-        let filter = self.handle.traffic_filter(index).add().parent(INGRESS).protocol(ALL_PROTOCOLS);
-        filter.redirect(to).context("make the filter")?.execute().await.context("add the filter")
     }
 
     /// What the guest is to replay, in an order in which each can be applied after those before it.
@@ -307,6 +285,7 @@ pub fn undo(record: &NetworkRecord) -> Result<()> {
         runtime.block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection().context("open a netlink socket")?;
             tokio::spawn(connection);
+            join::remove_macvtaps(&handle).await;
             for index in &record.interfaces {
                 let mut request = handle.qdisc().del(index.cast_signed());
                 request.message_mut().header.parent = rtnetlink::packet_route::tc::TcHandle::INGRESS;
@@ -346,16 +325,6 @@ fn is_up(link: &LinkMessage) -> bool {
     link.header.link_layer_type == LinkLayerType::Ether && link.header.flags.contains(LinkFlags::Up)
 }
 
-/// Whether all interfaces that an entry names are there.
-fn depends_only_on(entry: &RouteNetlinkMessage, has: impl Fn(u32) -> bool) -> bool {
-    match entry {
-        RouteNetlinkMessage::NewAddress(address) => has(address.header.index),
-        RouteNetlinkMessage::NewNeighbour(neighbour) => has(neighbour.header.ifindex),
-        RouteNetlinkMessage::NewRoute(route) => replayed_route(route.clone(), has).is_some(),
-        _ => true,
-    }
-}
-
 /// An interface of the namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Link {
@@ -391,86 +360,4 @@ impl Link {
 
 async fn collect<T>(stream: impl Stream<Item = Result<T, rtnetlink::Error>>, what: &str) -> Result<Vec<T>> {
     stream.try_collect().await.with_context(|| format!("read the {what} of the pod's network namespace"))
-}
-
-/// An address as the guest is to have it; `None` for one that its kernel makes by itself.
-fn replayed_address(mut message: AddressMessage, has: impl Fn(u32) -> bool) -> Option<AddressMessage> {
-    let v6 = message.header.family == AddressFamily::Inet6;
-    if !has(message.header.index) || (v6 && message.header.scope == AddressScope::Link) {
-        return None;
-    }
-    // Ages differ each time that they are read.
-    message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::CacheInfo(_)));
-    if v6 {
-        // It is ours already: looking for another owner would only delay it.
-        message.header.flags |= AddressHeaderFlags::Nodad;
-        message.header.flags.remove(AddressHeaderFlags::Tentative);
-        for attribute in &mut message.attributes {
-            if let AddressAttribute::Flags(flags) = attribute {
-                flags.insert(AddressFlags::Nodad);
-                flags.remove(AddressFlags::Tentative);
-            }
-        }
-    }
-    Some(message)
-}
-
-/// A route as the guest is to have it; `None` for one that its kernel makes by itself, or that
-/// leads through an interface that it does not have.
-fn replayed_route(mut message: RouteMessage, has: impl Fn(u32) -> bool) -> Option<RouteMessage> {
-    let header = &message.header;
-    let kind =
-        matches!(header.kind, RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw);
-    let made = matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra | RouteProtocol::IcmpRedirect);
-    if !kind || made || header.table == TABLE_LOCAL || header.flags.contains(RouteFlags::Cloned) {
-        return None;
-    }
-    message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::CacheInfo(_)));
-    // What the kernel says of an interface's state is refused when it is told so.
-    message.header.flags &= RouteFlags::Onlink;
-    let through = |index: u32| index == LOOPBACK || has(index);
-    let reachable = message.attributes.iter().all(|attribute| match attribute {
-        RouteAttribute::Oif(index) => through(*index),
-        RouteAttribute::MultiPath(hops) => hops.iter().all(|hop| through(hop.interface_index)),
-        _ => true,
-    });
-    reachable.then_some(message)
-}
-
-fn is_own_rule(message: &RuleMessage) -> bool {
-    let priority = message.attributes.iter().find_map(|attribute| match attribute {
-        RuleAttribute::Priority(priority) => Some(*priority),
-        _ => None,
-    });
-    !USUAL_RULES.contains(&priority.unwrap_or(0))
-}
-
-fn is_fixed_neighbour(message: &NeighbourMessage, has: impl Fn(u32) -> bool) -> bool {
-    message.header.state == NeighbourState::Permanent && has(message.header.ifindex)
-}
-
-/// The messages that make `old` into `new`: what is gone first, the last one first.
-fn changes(old: &[RouteNetlinkMessage], new: &[RouteNetlinkMessage]) -> Vec<Vec<u8>> {
-    let gone = old.iter().rev().filter(|entry| !new.contains(entry)).cloned().map(reverse);
-    let come = new.iter().filter(|entry| !old.contains(entry)).cloned();
-    gone.chain(come).map(serialize).collect()
-}
-
-/// The message that takes away what another one made.
-fn reverse(message: RouteNetlinkMessage) -> RouteNetlinkMessage {
-    match message {
-        RouteNetlinkMessage::NewAddress(message) => RouteNetlinkMessage::DelAddress(message),
-        RouteNetlinkMessage::NewRoute(message) => RouteNetlinkMessage::DelRoute(message),
-        RouteNetlinkMessage::NewRule(message) => RouteNetlinkMessage::DelRule(message),
-        RouteNetlinkMessage::NewNeighbour(message) => RouteNetlinkMessage::DelNeighbour(message),
-        other => other,
-    }
-}
-
-fn serialize(message: RouteNetlinkMessage) -> Vec<u8> {
-    let mut message = NetlinkMessage::from(message);
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
 }

@@ -9,7 +9,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use caisson_protocol::vmm::NIC_HEADER;
-use nix::sched::{CloneFlags, setns};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 nix::ioctl_write_ptr_bad!(
     /// `TUNSETIFF` (linux/if_tun.h): makes the interface.
@@ -19,6 +21,10 @@ nix::ioctl_write_ptr_bad!(
     /// `TUNSETVNETHDRSZ` (linux/if_tun.h): bytes of the header before each frame.
     tun_set_header_size, libc::TUNSETVNETHDRSZ, libc::c_int
 );
+/// Any folder serves to mount on, in a thread's own mount namespace; /sys is on every host.
+const SCRATCH: &str = "/sys";
+const NOTHING: Option<&str> = None;
+
 /// As the kernel reads it.
 static HEADER: libc::c_int = NIC_HEADER as libc::c_int;
 
@@ -66,7 +72,33 @@ impl Netns {
     /// # Errors
     /// When `/dev/net/tun` is missing or the name is taken.
     pub fn make_tap(&self, name: &str, queues: u32) -> Result<Vec<File>> {
-        self.run(|| (0..queues).map(|_| open_tap(name, queues > 1)).collect::<Result<_>>().with_context(|| format!("make the tap {name}")))
+        let device = Path::new("/dev/net/tun");
+        self.run(|| {
+            (0..queues).map(|_| open_tap(device, name, queues > 1)).collect::<Result<_>>().with_context(|| format!("make the tap {name}"))
+        })
+    }
+
+    /// Opens a macvtap of the namespace by name and index, as a tap of so many queues.
+    ///
+    /// Its device is of the namespace, too: only a sysfs that was mounted there tells its number.
+    ///
+    /// # Errors
+    /// When it cannot be found or opened.
+    pub fn open_macvtap(&self, name: &str, index: u32, queues: u32) -> Result<Vec<File>> {
+        self.run(|| {
+            unshare(CloneFlags::CLONE_NEWNS).context("part from the host's mounts")?;
+            mount(NOTHING, "/", NOTHING, MsFlags::MS_SLAVE | MsFlags::MS_REC, NOTHING).context("part from the host's mounts")?;
+            mount(Some("sysfs"), SCRATCH, Some("sysfs"), MsFlags::MS_NOSUID, NOTHING).context("mount sysfs")?;
+            let numbers = Path::new(SCRATCH).join("class/net").join(name).join(format!("tap{index}/dev"));
+            let numbers = std::fs::read_to_string(&numbers).context("read the number of its device")?;
+            let (major, minor) = numbers.trim().split_once(':').context("its device has no number")?;
+            let device =
+                makedev(major.parse().context("read the number of its device")?, minor.parse().context("read the number of its device")?);
+            mount(Some("tmpfs"), SCRATCH, Some("tmpfs"), MsFlags::MS_NOSUID, NOTHING).context("mount a folder for its device")?;
+            let node = Path::new(SCRATCH).join(name);
+            mknod(&node, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, device).context("make its device")?;
+            (0..queues).map(|_| open_tap(&node, name, queues > 1)).collect::<Result<_>>().context("open its device")
+        })
     }
 }
 
@@ -76,13 +108,14 @@ impl AsFd for Netns {
     }
 }
 
-fn open_tap(name: &str, several: bool) -> Result<File> {
+/// Opens a tap by its device, or one of that name by the device of all.
+fn open_tap(device: &Path, name: &str, several: bool) -> Result<File> {
     let tap = File::options()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
-        .open("/dev/net/tun")
-        .context("open /dev/net/tun (the kernel's module `tun`)")?;
+        .open(device)
+        .with_context(|| format!("open {} (the kernel's module `tun` or `macvtap`)", device.display()))?;
     // SAFETY: all zeroes is an ifreq without a name.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     anyhow::ensure!(name.len() < libc::IFNAMSIZ, "the name is longer than {} bytes", libc::IFNAMSIZ - 1);

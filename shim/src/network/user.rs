@@ -26,7 +26,7 @@ use rtnetlink::{AddressMessageBuilder, RouteMessageBuilder};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStderr};
 
-use super::serialize;
+use super::entries::serialize;
 use crate::sandbox::{LAST_WORDS, Sandbox, count_for_pod};
 use crate::spec::Spec;
 use crate::store::Store;

@@ -38,7 +38,7 @@ use crate::machine::stop;
 use crate::memory::GuestMemory;
 
 const DEVICE_ID: u32 = 2;
-const QUEUE_SIZE: u16 = 128;
+const QUEUE_SIZE: u16 = 256;
 /// The most queues of a disk; a machine with fewer vCPUs has as many.
 const MAX_QUEUES: u32 = 4;
 /// Feature bits (5.2.3).
