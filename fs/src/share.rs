@@ -20,8 +20,8 @@
 //!
 //! **What is counted.** The descriptors that the guest holds (`descriptors.rs`).
 //!
-//! **What is refused.** Offsets that no file has: no kernel asks for them, and the server below has no
-//! answer for them.
+//! **What is refused.** Offsets that no file has, and names that are paths: no kernel asks for them, and the server below has
+//! no answer for the former and follows the latter.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -40,7 +40,7 @@ use virtiofsd::passthrough::PassthroughFs;
 
 use crate::dax;
 use crate::descriptors::Descriptors;
-use crate::seal::Seal;
+use crate::seal::{Seal, check_name};
 
 /// After so long a change is told from the next by its time: file systems count in steps of up to two
 /// seconds, and a file server's clock may be a little behind ours.
@@ -184,11 +184,12 @@ macro_rules! pass_on {
     };
 }
 
-/// Requests that change a folder, or perhaps one.
+/// Requests that change files, or those of such names in folders.
 macro_rules! change {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) of $($folder:ident),* => $answer:ty;)*) => {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) of $($folder:ident),* named [$($file:ident),*] => $answer:ty;)*) => {
         $(fn $name(&self, $($argument: $kind),*) -> $answer {
-            $(self.seal.check($folder)?;)*
+            let _opened = self.seal.open(&[$($folder),*])?;
+            $(check_name($file)?;)*
             self.fs.$name($($argument),*)
         })*
     };
@@ -196,9 +197,10 @@ macro_rules! change {
 
 /// Requests that make a file in a folder, and are answered with it.
 macro_rules! make {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) in $folder:ident;)*) => {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) of $folder:ident $file:ident;)*) => {
         $(fn $name(&self, $($argument: $kind),*) -> io::Result<Entry> {
-            self.seal.check($folder)?;
+            let _opened = self.seal.open(&[$folder])?;
+            check_name($file)?;
             self.descriptors.answer(|| self.fs.$name($($argument),*), |entry| entry.inode).map(|entry| self.marked(entry))
         })*
     };
@@ -257,7 +259,8 @@ impl FileSystem for Share {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
-        self.seal.check(parent)?;
+        let _opened = self.seal.open(&[parent])?;
+        check_name(name)?;
         let create = || self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions);
         let (entry, handle, options) = self.descriptors.answer(create, |(entry, ..)| entry.inode)?;
         Ok((self.marked(entry), self.hold(handle), options))
@@ -343,9 +346,8 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
-        let entry = self.descriptors.answer(|| self.fs.lookup(ctx, parent, name), |entry| entry.inode)?;
-        self.seal.learn(parent, name, entry.inode);
-        Ok(self.marked(entry))
+        let find = || self.descriptors.answer(|| self.fs.lookup(ctx, parent, name), |entry| entry.inode);
+        self.seal.find(parent, name, find, |entry| entry.inode).map(|entry| self.marked(entry))
     }
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
@@ -367,25 +369,26 @@ impl FileSystem for Share {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
-        self.seal.check(inode)?;
+        let _opened = self.seal.open(&[inode])?;
         let (mut attr, valid) = self.fs.setattr(ctx, inode, attr, handle, valid)?;
         self.mark(&mut attr);
         Ok((attr, valid))
     }
 
     make! {
-        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions) in parent;
-        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions) in parent;
-        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) in parent;
-        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr) in parent;
+        fn symlink(ctx: Context, target: &CStr, parent: Inode, name: &CStr, extensions: Extensions) of parent name;
+        fn mknod(ctx: Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32, extensions: Extensions) of parent name;
+        fn mkdir(ctx: Context, parent: Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) of parent name;
+        fn link(ctx: Context, inode: Inode, parent: Inode, name: &CStr) of parent name;
     }
 
     change! {
-        fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) of inode => io::Result<()>;
-        fn removexattr(ctx: Context, inode: Inode, name: &CStr) of inode => io::Result<()>;
-        fn unlink(ctx: Context, parent: Inode, name: &CStr) of parent => io::Result<()>;
-        fn rmdir(ctx: Context, parent: Inode, name: &CStr) of parent => io::Result<()>;
-        fn rename(ctx: Context, from: Inode, name: &CStr, to: Inode, new_name: &CStr, flags: u32) of from, to => io::Result<()>;
+        fn setxattr(ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) of inode named [] => io::Result<()>;
+        fn removexattr(ctx: Context, inode: Inode, name: &CStr) of inode named [] => io::Result<()>;
+        fn unlink(ctx: Context, parent: Inode, name: &CStr) of parent named [name] => io::Result<()>;
+        fn rmdir(ctx: Context, parent: Inode, name: &CStr) of parent named [name] => io::Result<()>;
+        fn rename(ctx: Context, from: Inode, name: &CStr, to: Inode, new_name: &CStr, flags: u32) of from, to named [name, new_name]
+            => io::Result<()>;
     }
 
     pass_on! {
@@ -404,76 +407,4 @@ impl FileSystem for Share {
 }
 
 #[cfg(test)]
-mod tests {
-    use virtiofsd::fuse::InHeader;
-    use virtiofsd::passthrough;
-
-    use super::*;
-
-    const SECOND: u128 = 1_000_000_000;
-
-    fn stamp(changed_s: u128, size: u64) -> Stamp {
-        Stamp { changed: changed_s * SECOND, modified: changed_s * SECOND, size }
-    }
-
-    fn at(seconds: u64) -> SystemTime {
-        UNIX_EPOCH + Duration::from_secs(seconds)
-    }
-
-    #[test]
-    fn what_did_not_change_since_it_was_opened_is_kept() {
-        let mut opened = Opened::default();
-        assert!(!opened.open(1, stamp(100, 5), at(200)), "the first time");
-        assert!(opened.open(1, stamp(100, 5), at(201)));
-        assert!(!opened.open(1, stamp(202, 5), at(210)), "it was changed");
-        assert!(opened.open(1, stamp(202, 5), at(211)));
-        assert!(!opened.open(1, stamp(202, 6), at(212)), "it has another size");
-        assert!(!opened.open(2, stamp(202, 6), at(213)), "another file");
-        opened.forget(1);
-        assert!(!opened.open(1, stamp(202, 6), at(214)), "the guest forgot it");
-    }
-
-    #[test]
-    fn what_has_just_changed_may_change_again_at_the_same_time() {
-        let mut opened = Opened::default();
-        assert!(!opened.open(1, stamp(100, 5), at(101)));
-        assert!(!opened.open(1, stamp(100, 5), at(110)), "what was read at 101 may be older");
-        assert!(opened.open(1, stamp(100, 5), at(111)));
-        // A file from the future, as of a server whose clock is ahead, never settles.
-        assert!(!opened.open(2, stamp(500, 5), at(111)));
-        assert!(!opened.open(2, stamp(500, 5), at(112)));
-    }
-
-    #[test]
-    fn no_more_files_are_remembered_than_allowed() {
-        let mut opened = Opened::default();
-        for inode in 0..=MOST_OPENED as u64 {
-            assert!(!opened.open(inode, stamp(100, 5), at(200)));
-            assert!(opened.0.len() <= MOST_OPENED);
-        }
-        assert!(opened.open(MOST_OPENED as u64, stamp(100, 5), at(201)), "the last is known");
-        assert!(!opened.open(0, stamp(100, 5), at(201)), "the first is forgotten");
-    }
-
-    #[test]
-    fn closing_is_told_of_files_that_were_written_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("file"), "text").unwrap();
-        let config = passthrough::Config { root_dir: folder.path().to_str().unwrap().into(), ..passthrough::Config::default() };
-        let fs = PassthroughFs::new(config).unwrap();
-        fs.open_root_node().unwrap();
-        let share = Share::new(fs, true, false, Arc::new(Descriptors::new(1000, || ())));
-        let context = || Context::from(InHeader::default());
-        let file = share.lookup(context(), 1, c"file").unwrap().inode;
-        let told = |flags: i32| !share.open(context(), file, false, flags.cast_unsigned()).unwrap().1.contains(OpenOptions::NOFLUSH);
-        assert_eq!([libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_NOATIME].map(told), [false, true, true, false]);
-    }
-
-    #[test]
-    fn no_file_reaches_beyond_the_largest_offset() {
-        assert!(check_range(0, 0).is_ok() && check_range(i64::MAX as u64 - 1, 1).is_ok());
-        for (offset, length) in [(i64::MAX as u64, 1), (u64::MAX, 1), (1, u64::MAX), (1 << 63, 0)] {
-            assert_eq!(check_range(offset, length).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        }
-    }
-}
+mod tests;

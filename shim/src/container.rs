@@ -19,7 +19,7 @@ use crate::idmap::IdMap;
 use crate::mounts::{self, How, ReadOnly};
 use crate::pod::CreateContainer;
 use crate::process::Process;
-use crate::snapshot;
+use crate::snapshot::{self, Left};
 use crate::spec::Bind;
 use crate::store::{Store, remove_empty_tree, unmount_below};
 
@@ -308,7 +308,9 @@ fn owners(config: &Config) -> Option<IdMap> {
 /// # Errors
 /// What could not be unmounted or removed.
 pub fn remove_share_folder(path: &Path) -> Result<()> {
-    snapshot::settle(path);
-    unmount_below(path)?;
-    remove_empty_tree(path)
+    let left = Left::of(path);
+    let removed = unmount_below(path).and_then(|()| remove_empty_tree(path));
+    // Last, as the container may have left much.
+    left.into_iter().for_each(Left::settle);
+    removed
 }

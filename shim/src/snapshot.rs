@@ -16,7 +16,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use caisson_protocol::guest::{SNAPSHOT_DIR, UPPER_DIR, WORK_DIR};
-use rustix::fs::{Dir, FileType, Mode, OFlags, XattrFlags, fgetxattr, fsetxattr, openat, removexattr, setxattr};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, Stat, XattrFlags, fgetxattr, fsetxattr, mkdirat, openat, removexattr, setxattr, statat, unlinkat,
+};
 use rustix::io::Errno;
 
 use crate::idmap::IdMap;
@@ -29,6 +31,8 @@ const GUESTS_MARK: &str = "user.virtiofs.trusted.overlay.opaque";
 const OPAQUE: &[u8] = b"y";
 /// Folders within one another that are looked at: twice as many are open then.
 const MAX_DEPTH: usize = 128;
+/// Files and folders that are looked at: a container may have left any number.
+const MAX_ENTRIES: usize = 1 << 20;
 /// A folder is opened as what it is, not what a link leads to.
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 /// With other owners the folder is nobody's in the guest, who must come through it.
@@ -52,10 +56,14 @@ pub fn share(snapshot: &Path, target: &Path, owners: Option<&IdMap>) -> Result<(
     let (upper, work) = (snapshot.join(UPPER_DIR), snapshot.join(WORK_DIR));
     // Another overlay's, which nobody needs any more.
     for entry in std::fs::read_dir(&work).with_context(|| format!("read {}", work.display()))? {
-        let path = entry.with_context(|| format!("read {}", work.display()))?.path();
-        std::fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        let entry = entry.with_context(|| format!("read {}", work.display()))?;
+        let path = entry.path();
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let removed = if is_folder { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        removed.with_context(|| format!("remove {}", path.display()))?;
     }
-    carry_marks(&upper, HOSTS_MARK, GUESTS_MARK)?;
+    let top = rustix::fs::open(snapshot, FOLDER, Mode::empty()).with_context(|| format!("open {}", snapshot.display()))?;
+    carry_marks(&top, HOSTS_MARK, GUESTS_MARK).with_context(|| format!("carry over the marks of {}", snapshot.display()))?;
     if let Some(owners) = owners {
         own(&upper, owners)?;
         own(&work, owners)?;
@@ -83,39 +91,50 @@ pub fn own(folder: &Path, owners: &IdMap) -> Result<()> {
     chown(folder, user, group).with_context(|| format!("change the owner of {}", folder.display()))
 }
 
-/// Makes what a container has left of its snapshot the host's again, where it has one in its folder of the share. What
-/// goes wrong is said in the log.
-pub fn settle(container: &Path) {
-    let snapshot = container.join(SNAPSHOT_DIR);
-    if !snapshot.join(WORK_DIR).exists() && !snapshot.join(UPPER_DIR).exists() {
-        return;
+/// The folder of a snapshot that a guest had, held open.
+pub struct Left(OwnedFd);
+
+impl Left {
+    /// That of a container, by its folder in the share, when it has one there.
+    pub fn of(container: &Path) -> Option<Self> {
+        rustix::fs::open(container.join(SNAPSHOT_DIR), FOLDER, Mode::empty()).ok().map(Self)
     }
-    for name in [UPPER_DIR, WORK_DIR] {
-        // The file server keeps the guest from that, and would have to be taken over first.
-        let path = snapshot.join(name);
-        if !std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
-            log::error!("{}: it is no folder any more; what is there is removed", path.display());
-            let _ = std::fs::remove_file(&path);
-            let _ = std::fs::create_dir(&path);
+
+    /// Makes what the container has left the host's again. What goes wrong is said in the log.
+    pub fn settle(self) {
+        for name in [UPPER_DIR, WORK_DIR] {
+            // The file server keeps the guest from that, and would have to be taken over first.
+            let is_folder = |stat: Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+            if !statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(is_folder) {
+                log::error!("{name} of a snapshot is no folder any more; what is in its place is removed");
+                let _ = unlinkat(&self.0, name, AtFlags::empty());
+                let _ = mkdirat(&self.0, name, Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH);
+            }
         }
-    }
-    if let Err(error) = carry_marks(&snapshot.join(UPPER_DIR), GUESTS_MARK, HOSTS_MARK) {
-        log::error!("{error:#}");
+        if let Err(error) = carry_marks(&self.0, GUESTS_MARK, HOSTS_MARK) {
+            log::error!("carry over the marks of a snapshot: {error:#}");
+        }
     }
 }
 
 /// Marks the folders of a snapshot by one attribute that are marked by another.
-fn carry_marks(upper: &Path, from: &str, to: &str) -> Result<()> {
-    let what = || format!("carry over the marks of {}", upper.display());
-    let top = rustix::fs::open(upper, FOLDER, Mode::empty()).with_context(what)?;
-    carry_below(&top, from, to, 0).with_context(what)
+fn carry_marks(snapshot: &OwnedFd, from: &str, to: &str) -> Result<()> {
+    let upper = openat(snapshot, UPPER_DIR, FOLDER, Mode::empty()).context("open what was written")?;
+    let mut entries = 0;
+    let all = carry_below(&upper, from, to, 0, &mut entries)?;
+    if !all {
+        log::warn!(
+            "of a snapshot with more than {MAX_DEPTH} folders within one another, or {MAX_ENTRIES} files, not all marks are carried over"
+        );
+    }
+    Ok(())
 }
 
-/// No path that somebody could change meanwhile leads anywhere else: each folder is found in the one before.
-fn carry_below(folder: &OwnedFd, from: &str, to: &str, depth: usize) -> Result<()> {
+/// No path that somebody could change meanwhile leads anywhere else: each folder is found in the one before. Whether everything
+/// was looked at.
+fn carry_below(folder: &OwnedFd, from: &str, to: &str, depth: usize, entries: &mut usize) -> Result<bool> {
     if depth == MAX_DEPTH {
-        log::warn!("of folders more than {MAX_DEPTH} deep it is not known what they hide");
-        return Ok(());
+        return Ok(false);
     }
     let mut value = [0; OPAQUE.len()];
     match fgetxattr(folder, from, &mut value) {
@@ -123,19 +142,24 @@ fn carry_below(folder: &OwnedFd, from: &str, to: &str, depth: usize) -> Result<(
         Ok(_) | Err(Errno::NODATA | Errno::RANGE) => {}
         Err(error) => return Err(error).context("look for a folder's mark"),
     }
+    let mut all = true;
     for entry in Dir::read_from(folder).context("read a folder")? {
         let entry = entry.context("read a folder")?;
+        *entries += 1;
+        if *entries > MAX_ENTRIES {
+            return Ok(false);
+        }
         if entry.file_type() != FileType::Directory || matches!(entry.file_name().to_bytes(), b"." | b"..") {
             continue;
         }
         match openat(folder, entry.file_name(), FOLDER, Mode::empty()) {
-            Ok(inner) => carry_below(&inner, from, to, depth + 1)?,
+            Ok(inner) => all &= carry_below(&inner, from, to, depth + 1, entries)?,
             // Gone, or another thing by now.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
             Err(error) => return Err(error).context("open a folder"),
         }
     }
-    Ok(())
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -160,27 +184,47 @@ mod tests {
             setxattr(&folder, GUESTS_MARK, OPAQUE, XattrFlags::empty()).unwrap();
         }
         setxattr(upper.join("plain"), GUESTS_MARK, b"n", XattrFlags::empty()).unwrap();
-        carry_marks(&upper, GUESTS_MARK, OTHER_MARK).unwrap();
+        let snapshot = rustix::fs::open(top.path(), FOLDER, Mode::empty()).unwrap();
+        carry_marks(&snapshot, GUESTS_MARK, OTHER_MARK).unwrap();
         let found = ["a", "a/b", "plain", "link/inner"].map(|folder| marked(&upper.join(folder), OTHER_MARK));
         assert_eq!(found, [false, true, false, false]);
     }
 
     #[test]
     fn a_snapshot_in_which_a_link_has_come_is_a_folder_again() {
-        let container = tempfile::tempdir().unwrap();
-        let snapshot = container.path().join(SNAPSHOT_DIR);
-        std::fs::create_dir_all(snapshot.join(WORK_DIR)).unwrap();
-        std::os::unix::fs::symlink("/", snapshot.join(UPPER_DIR)).unwrap();
-        assert!(!can_be_shared(&snapshot));
-        settle(container.path());
-        assert!(std::fs::symlink_metadata(snapshot.join(UPPER_DIR)).unwrap().is_dir());
-        assert!(std::fs::read_dir(snapshot.join(UPPER_DIR)).unwrap().next().is_none());
+        // Also where they lead nowhere, yet.
+        for target in ["/", "/does/not/exist"] {
+            let container = tempfile::tempdir().unwrap();
+            let snapshot = container.path().join(SNAPSHOT_DIR);
+            std::fs::create_dir(&snapshot).unwrap();
+            for name in [UPPER_DIR, WORK_DIR] {
+                std::os::unix::fs::symlink(target, snapshot.join(name)).unwrap();
+            }
+            assert!(!can_be_shared(&snapshot));
+            Left::of(container.path()).unwrap().settle();
+            for name in [UPPER_DIR, WORK_DIR] {
+                assert!(std::fs::symlink_metadata(snapshot.join(name)).unwrap().is_dir());
+                assert!(std::fs::read_dir(snapshot.join(name)).unwrap().next().is_none());
+            }
+        }
     }
 
     #[test]
-    fn a_container_without_a_snapshot_in_the_share_is_left_alone() {
+    fn no_more_is_looked_at_than_is_bounded() {
+        let top = tempfile::tempdir().unwrap();
+        let (upper, deep) = (top.path().join("fs"), "d/".repeat(MAX_DEPTH));
+        std::fs::create_dir_all(upper.join(&deep)).unwrap();
+        let open = || rustix::fs::open(&upper, FOLDER, Mode::empty()).unwrap();
+        assert!(!carry_below(&open(), GUESTS_MARK, OTHER_MARK, 0, &mut 0).unwrap());
+        assert!(carry_below(&open(), GUESTS_MARK, OTHER_MARK, 0, &mut (MAX_ENTRIES - 2)).is_ok_and(|all| !all));
+        assert!(
+            carry_below(&rustix::fs::open(upper.join("d/d"), FOLDER, Mode::empty()).unwrap(), GUESTS_MARK, OTHER_MARK, 0, &mut 0).unwrap()
+        );
+    }
+
+    #[test]
+    fn a_container_without_a_snapshot_in_the_share_has_left_none() {
         let container = tempfile::tempdir().unwrap();
-        settle(container.path());
-        assert!(std::fs::read_dir(container.path()).unwrap().next().is_none());
+        assert!(Left::of(container.path()).is_none());
     }
 }

@@ -14,7 +14,8 @@ use caisson_host::records::{self, UIDS};
 use caisson_protocol::record::{PodRecord, ProcessRecord};
 use nix::mount::{MntFlags, umount2};
 
-use crate::{mounts, snapshot};
+use crate::mounts;
+use crate::snapshot::Left;
 
 /// A pod's folder for what the guest sees, within its own.
 const SHARE: &str = "share";
@@ -182,13 +183,14 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
             let _ = std::fs::remove_dir(run_dir.join(UIDS));
         }
     }
-    for container in std::fs::read_dir(dir.join(SHARE)).into_iter().flatten().flatten() {
-        snapshot::settle(&container.path());
-    }
+    let containers = std::fs::read_dir(dir.join(SHARE)).into_iter().flatten().flatten();
+    let left: Vec<Left> = containers.filter_map(|container| Left::of(&container.path())).collect();
     note(unmount_below(&dir));
     note(remove_empty_tree(&dir));
     // The namespace's folder goes with its last pod; another pod in it keeps it.
     let _ = std::fs::remove_dir(run_dir.join(namespace));
+    // Last: containers may have left much, and who waits for us may not wait for long.
+    left.into_iter().for_each(Left::settle);
     outcome
 }
 

@@ -21,6 +21,7 @@ pub const TESTS: &[Test] = &[
     ("the_hosts_own_network_is_refused", the_hosts_own_network_is_refused),
     ("an_interface_keeps_to_its_limit", an_interface_keeps_to_its_limit),
     ("nothing_stays_in_a_network_namespace", nothing_stays_in_a_network_namespace),
+    ("a_macvtap_is_where_it_can_be_and_goes_with_its_interface", a_macvtap_is_where_it_can_be_and_goes_with_its_interface),
     ("a_container_reaches_no_port_of_the_host", a_container_reaches_no_port_of_the_host),
 ];
 
@@ -323,6 +324,29 @@ fn nothing_stays(network: &Network, left: &[&str]) {
     let name = id("again");
     let output = ctr(&["run", "--rm", "--with-ns", &option, "--runtime", RUNTIME, IMAGE, &name, "ip", "addr"]);
     assert_contains(&output.stdout, &["eth7"]);
+}
+
+fn a_macvtap_is_where_it_can_be_and_goes_with_its_interface() {
+    let _settings = Config::set("[network]\njoin = \"macvtap\"\n");
+    let network = Network::new();
+    // Of a bridge's port the bridge has what arrives.
+    let elsewhere = format!("{}-elsewhere", network.name);
+    for change in ["link add br9 type bridge", "link add d9 type dummy", "link set d9 master br9", "link set d9 up"] {
+        network.ip(change);
+    }
+    let pod = network.pod();
+    eventually(|| output(&pod, "ls /sys/class/net").contains("d9"), "the port of the bridge is not in the guest");
+    assert_contains(&remains(&network), &["caisson0@eth7", "dev d9"]);
+    // A group that nobody on the host has joined.
+    let received = || output(&pod, "cat /sys/class/net/eth7/statistics/rx_packets").trim().parse::<u64>().unwrap();
+    let before = received();
+    shell(&format!("ping -c 3 -W 1 -I {} 239.1.2.3 || true", network.outside));
+    assert!(received() >= before + 3, "{before} frames before those to a group, {} then", received());
+    shell(&format!("ip netns add {elsewhere}; ip -n {} link set eth7 netns {elsewhere}", network.name));
+    eventually(|| !remains(&network).contains("caisson0"), "a macvtap stays on an interface that is elsewhere");
+    drop(pod);
+    assert_eq!(remains(&network), "");
+    run("ip", &["netns", "del", &elsewhere]);
 }
 
 fn a_container_reaches_no_port_of_the_host() {

@@ -15,7 +15,7 @@ const RUNTIME: &[Allow] = &[
     Call(libc::SYS_futex),
     Call(libc::SYS_getrandom),
     Call(libc::SYS_madvise),
-    // Memory for the allocator, never executable; shared memory is mapped before the filter.
+    // Memory for the allocator and files for the guest, never executable.
     CallWith(libc::SYS_mmap, 2, &[0, 1, 3]),
     CallWith(libc::SYS_mprotect, 2, &[0, 1, 3]),
     Call(libc::SYS_mremap),

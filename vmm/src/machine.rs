@@ -37,6 +37,9 @@ const FIRST_IRQ: u32 = 5;
 const DISK_IRQS: std::ops::Range<u32> = FIRST_IRQ + FIRST_DISK_DEVICE..mptable::IRQS as u32;
 /// Interrupt line of the first serial port.
 const SERIAL_IRQ: u32 = 4;
+/// A window for files may be so many times as large as memory: the kernel takes a 64th of its size to describe it, and is to
+/// have most of its memory for something else.
+const WINDOW_PER_MEMORY: u64 = 16;
 /// Three pages that Intel's VMX needs to run real mode, out of everything's way.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
@@ -217,7 +220,7 @@ impl Machine {
         let window = window.context("make room for the window for files")?;
         let reach = window.as_ref().map(|window| give_window(&vm, &memory, window, layout)).transpose()?;
         let shared = window.as_ref().map(|window| (layout.window_start(), window));
-        let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs), shared).context("connect to the virtio-fs server")?;
+        let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs), shared, &control).context("connect to the virtio-fs server")?;
         let places = Places::default();
         let mut transports = vec![
             MmioTransport::new(Box::new(vhost_fs), memory.clone())?,
@@ -254,7 +257,12 @@ impl Machine {
         vcpu::write_boot_tables(&memory)?;
         let vcpus = Vcpus::new(&kvm, Arc::clone(&vm), config)?;
         let first_vcpus = (0..config.vcpus as u8).map(|index| vcpus.make(index, (index == 0).then_some(entry))).collect::<Result<_>>()?;
-        let around = Surroundings { control, memory, layout, bus: Arc::new(Bus::new(transports, serial, window)) };
+        let around = Surroundings {
+            control,
+            memory,
+            layout,
+            bus: Arc::new(Bus::new(transports, serial, window.map(|window| (layout.window_start(), window)))),
+        };
         Ok(Self { around, first_vcpus, vcpus, io, commands, places, added, acknowledged, vm })
     }
 
@@ -290,6 +298,13 @@ fn check(config: &BootConfig) -> Result<()> {
     let (least, most) = (FILES_MIB.start(), FILES_MIB.end());
     let allowed = config.files_mib == 0 || (FILES_MIB.contains(&config.files_mib) && config.files_mib.is_multiple_of(2));
     ensure!(allowed, "{} MiB for a window for files: allowed is 0, or an even number from {least} to {most}", config.files_mib);
+    let most = config.memory_mib * WINDOW_PER_MEMORY;
+    ensure!(
+        config.files_mib <= most,
+        "a window of {} MiB for files takes too much of {} MiB of memory for the kernel's description of it; allowed is up to {most} MiB",
+        config.files_mib,
+        config.memory_mib
+    );
     Ok(())
 }
 

@@ -37,6 +37,9 @@ pub enum VcpuError {
         "KVM could not emulate what the guest did (internal error); is this host's KVM able to run unmodified guests? see `caisson check`"
     )]
     Internal,
+    /// The host has no memory for the guest's.
+    #[error("the host could not give the guest its memory at {0:#x}; is the file system of a file that is mapped there full?")]
+    Memory(u64),
     /// Something else than we know.
     #[error("unexpected exit of the vCPU: {0}")]
     Unexpected(String),
@@ -149,13 +152,14 @@ pub fn run(vcpu: &mut VcpuFd, bus: &Arc<Bus>) -> Result<(), VcpuError> {
             }
             // A triple fault: how the guest is told to reset (reboot=t).
             Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(()),
+            // Of a file that was mapped and has become shorter it is memory from now on.
+            Ok(VcpuExit::MemoryFault { gpa, .. }) if bus.repair(gpa) => {}
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => return Err(VcpuError::Memory(gpa)),
             Ok(VcpuExit::FailEntry(reason, _)) => return Err(VcpuError::Entry(reason)),
             Ok(VcpuExit::InternalError) => return Err(VcpuError::Internal),
             Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => {}
             Ok(other) => return Err(VcpuError::Unexpected(format!("{other:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            // Memory that is none: of a file that was mapped and has become shorter it is some from now on.
-            Err(error) if error.errno() == libc::EFAULT && bus.repair() => {}
             Err(source) => return Err(VcpuError::Kvm { operation: "run the vCPU", source }),
         }
     }

@@ -38,6 +38,7 @@ const RATIOS: &[(&str, &str, &str)] = &[
     ("ctr run true / runc", "run.caisson", "run.runc"),
     ("a system call behind the monitor's longest filter / behind none", "jail-call.filtered", "jail-call.free"),
     ("a neighbour's exec beside a pod that does its worst / beside none", "neighbour.attacked", "neighbour.quiet"),
+    ("memory of two readers of a file that is mapped / copied", "memory-readers.mapped", "memory-readers.copied"),
     ("CRI: pod with one container to Running / runc", "cri-pod.caisson", "cri-pod.runc"),
     ("CRI: second container of a pod to Running / runc", "cri-second.caisson", "cri-second.runc"),
     ("CRI: exec of true / runc", "cri-exec.caisson", "cri-exec.runc"),

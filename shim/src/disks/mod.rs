@@ -131,8 +131,13 @@ impl Disks {
         }
         if let Some(Layered { wanted, snapshot }) = layers(container, rootfs) {
             let count = wanted.sources.len() as u32;
-            if let Some(Placed { folder: Some(folder), .. }) = self.add(sandbox, container, wanted).await? {
-                return Ok(Root::Layers { layers: Layers { folder, count, ..Layers::default() }, snapshot });
+            match self.add(sandbox, container, wanted).await {
+                Ok(Some(Placed { folder: Some(folder), .. })) => {
+                    return Ok(Root::Layers { layers: Layers { folder, count, ..Layers::default() }, snapshot });
+                }
+                Ok(_) => log::debug!("container {container}: its layers are mounted on the host: {}", none_left()),
+                // The host's kernel knows more kinds of them than the guest's.
+                Err(error) => log::warn!("container {container}: its layers are mounted on the host: {error:#}"),
             }
         }
         Ok(Root::Mounts)

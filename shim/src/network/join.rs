@@ -44,6 +44,9 @@ impl Network {
         let index = self.index_of(name.to_owned()).await?;
         taps.push(index);
         let joined = async {
+            // Which groups the guest joins nobody hears of.
+            let all_groups = LinkUnspec::new_with_index(index).allmulticast(true).build();
+            self.handle.link().set(all_groups).execute().await.context("have it take all multicast frames")?;
             self.bring_up(index, link.mtu).await?;
             self.netns.open_macvtap(name, index, queues)
         };
@@ -88,7 +91,8 @@ pub async fn remove_macvtaps(handle: &Handle) {
     }
 }
 
-fn is_our_macvtap(link: &LinkMessage) -> bool {
+/// Whether a link is a macvtap that a pod has made.
+pub fn is_our_macvtap(link: &LinkMessage) -> bool {
     let has = |wanted: fn(&LinkAttribute) -> bool| link.attributes.iter().any(wanted);
     let is_macvtap = |attribute: &LinkAttribute| match attribute {
         LinkAttribute::LinkInfo(infos) => infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::MacVtap))),

@@ -116,7 +116,7 @@ impl Network {
     pub async fn sync(&self, sandbox: &Sandbox, store: &Store) -> Result<()> {
         let mut known = self.known.lock().await;
         let links: Vec<LinkMessage> = collect(self.handle.link().get().execute(), "interfaces").await?;
-        remove_gone(&links, &mut known, sandbox).await?;
+        remove_gone(&links, &mut known, sandbox, &self.handle).await?;
         known.taps.retain(|tap| links.iter().any(|link| link.header.index == *tap));
         let mut request = ConfigureNetworkRequest::default();
         let mut told = Vec::new();
@@ -298,13 +298,18 @@ pub fn undo(record: &NetworkRecord) -> Result<()> {
 }
 
 /// Takes interfaces away that are gone.
-async fn remove_gone(links: &[LinkMessage], known: &mut Known, sandbox: &Sandbox) -> Result<()> {
+async fn remove_gone(links: &[LinkMessage], known: &mut Known, sandbox: &Sandbox, handle: &rtnetlink::Handle) -> Result<()> {
     let Known { attached, entries, .. } = known;
     let gone: BTreeMap<u32, u32> = attached
         .iter()
         .filter(|(index, _)| !links.iter().any(|link| link.header.index == **index))
         .map(|(index, interface)| (*index, interface.place))
         .collect();
+    // Other taps go with their last descriptor; this one stays on an interface that was moved to another namespace.
+    let macvtaps = links.iter().filter(|link| join::is_our_macvtap(link)).map(|link| link.header.index);
+    for tap in macvtaps.filter(|tap| attached.iter().any(|(index, interface)| gone.contains_key(index) && interface.tap == *tap)) {
+        handle.link().del(tap).execute().await.context("take a macvtap away")?;
+    }
     if gone.is_empty() {
         return Ok(());
     }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The host may make a file shorter that is mapped. What lies beyond its end then cannot be read, which KVM says when a
-//! vCPU tries, and zeroes come there. Before Linux 6.13 it does not say so, and the vCPU tries for ever.
+//! vCPU tries, and zeroes come into that page. Before Linux 6.13 it does not say so, and the vCPU tries for ever.
 #![expect(unsafe_code, reason = "files are mapped at addresses that the guest has as memory")]
 
 use std::fs::File;
@@ -18,9 +18,12 @@ use std::sync::{Arc, Mutex};
 
 use ::vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use ::vhost::vhost_user::{Error, FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandler};
+use caisson_host::control::Control;
+use caisson_protocol::vmm::Stopped;
 
 use super::lock;
 use crate::filters;
+use crate::machine::stop;
 
 /// What files are mapped in: the only steps in which Linux asks for them (`FUSE_DAX_SHIFT`).
 const RANGE: u64 = 2 << 20;
@@ -34,12 +37,10 @@ pub struct FileWindow {
     ranges: Mutex<Vec<Option<Mapped>>>,
 }
 
-/// What is mapped in a range.
+/// What is mapped in a range; one mapping of several ranges has one descriptor.
 struct Mapped {
-    file: File,
+    file: Arc<File>,
     offset: u64,
-    /// How much of the range is the file's.
-    kept: u64,
 }
 
 impl FileWindow {
@@ -82,7 +83,7 @@ impl FileWindow {
         }
     }
 
-    fn map(&self, request: &VhostUserMMap, file: &File) -> io::Result<()> {
+    fn map(&self, request: &VhostUserMMap, file: File) -> io::Result<()> {
         let (offset, length, from) = (request.shm_offset, request.len, request.fd_offset);
         let indices = self.indices(offset, length)?;
         if request.shmid != REGION || !from.is_multiple_of(PAGE) || from.checked_add(length).is_none_or(|end| end > i64::MAX as u64) {
@@ -90,12 +91,11 @@ impl FileWindow {
         }
         let writes = request.flags & VhostUserMMapFlags::WRITABLE.bits() != 0;
         let protection = libc::PROT_READ | if writes { libc::PROT_WRITE } else { 0 };
+        let file = Arc::new(file);
         let mut ranges = lock(&self.ranges);
+        self.place(offset, length, protection, Some((&file, from)))?;
         for (step, index) in (0u64..).zip(indices) {
-            let offset = from + step * RANGE;
-            let file = file.try_clone()?;
-            self.place(index as u64 * RANGE, RANGE, protection, Some((&file, offset)))?;
-            ranges[index] = Some(Mapped { file, offset, kept: RANGE });
+            ranges[index] = Some(Mapped { file: Arc::clone(&file), offset: from + step * RANGE });
         }
         Ok(())
     }
@@ -108,23 +108,14 @@ impl FileWindow {
         Ok(())
     }
 
-    /// Puts zeroes where mapped files have ended since; whether there was such a place.
-    pub fn repair(&self) -> bool {
-        let mut ranges = lock(&self.ranges);
-        let mut repaired = false;
-        for (index, range) in (0u64..).zip(ranges.iter_mut()) {
-            let Some(mapped) = range else { continue };
-            let Ok(end) = mapped.file.seek(SeekFrom::End(0)) else { continue };
-            let kept = end.saturating_sub(mapped.offset).min(RANGE).next_multiple_of(PAGE);
-            if kept < mapped.kept {
-                let protection = libc::PROT_READ | libc::PROT_WRITE;
-                if self.place(index * RANGE + kept, mapped.kept - kept, protection, None).is_ok() {
-                    mapped.kept = kept;
-                    repaired = true;
-                }
-            }
-        }
-        repaired
+    /// Puts a page of zeroes where a vCPU found none, at an offset in the window, when that lies beyond the end of what is
+    /// mapped there; whether it does.
+    pub fn repair(&self, at: u64) -> bool {
+        let ranges = lock(&self.ranges);
+        let Some(Some(Mapped { file, offset })) = ranges.get((at / RANGE) as usize) else { return false };
+        let place = at / PAGE * PAGE;
+        let is_beyond = (&**file).seek(SeekFrom::End(0)).is_ok_and(|end| offset + place % RANGE >= end);
+        is_beyond && self.place(place, PAGE, libc::PROT_READ | libc::PROT_WRITE, None).is_ok()
     }
 
     /// Maps a range of a file, or memory that nobody else has, in the place of what is there.
@@ -145,7 +136,7 @@ impl FileWindow {
 ///
 /// # Errors
 /// When no thread or socket can be had.
-pub fn serve(window: &Arc<FileWindow>) -> io::Result<OwnedFd> {
+pub fn serve(window: &Arc<FileWindow>, control: &Arc<Control>) -> io::Result<OwnedFd> {
     let mut requests = FrontendReqHandler::new(Arc::new(Server(Arc::clone(window)))).map_err(io::Error::other)?;
     requests.set_reply_ack_flag(true);
     // SAFETY: it is open, as the handler is there; the copy is ours alone.
@@ -153,16 +144,16 @@ pub fn serve(window: &Arc<FileWindow>) -> io::Result<OwnedFd> {
     if servers_end < 0 {
         return Err(io::Error::last_os_error());
     }
+    let control = Arc::clone(control);
     std::thread::Builder::new().name("files".into()).spawn(move || {
-        if filters::files().is_err() {
-            return;
+        if let Err(error) = filters::files() {
+            stop(&control, Stopped::Failed(format!("{:#}", anyhow::Error::from(error))));
         }
         loop {
             match requests.handle_request() {
                 // What cannot be mapped the server hears of.
                 Ok(_) | Err(Error::ReqHandlerError(_)) => {}
-                // A server that does not speak as it should is not served; what it asks for fails.
-                Err(_) => return,
+                Err(error) => stop(&control, Stopped::Failed(format!("map files for the guest: {error}"))),
             }
         }
     })?;
@@ -177,7 +168,7 @@ impl VhostUserFrontendReqHandler for Server {
     fn shmem_map(&self, request: &VhostUserMMap, file: &dyn AsRawFd) -> HandlerResult<u64> {
         // SAFETY: the descriptor is open for as long as the call goes on.
         let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(file.as_raw_fd()) };
-        self.0.map(request, &File::from(file.try_clone_to_owned()?)).map(|()| 0)
+        self.0.map(request, File::from(file.try_clone_to_owned()?)).map(|()| 0)
     }
 
     fn shmem_unmap(&self, request: &VhostUserMMap) -> HandlerResult<u64> {
@@ -214,7 +205,7 @@ mod tests {
     fn a_file_is_seen_where_it_was_mapped_until_it_is_taken_away() {
         let window = FileWindow::new(8).unwrap();
         assert_eq!((window.bytes(), read(&window, 0)), (8 << 20, None));
-        window.map(&request(RANGE, 2 * RANGE, 0, VhostUserMMapFlags::empty()), &file(3 << 20)).unwrap();
+        window.map(&request(RANGE, 2 * RANGE, 0, VhostUserMMapFlags::empty()), file(3 << 20)).unwrap();
         assert_eq!([0, RANGE, 2 * RANGE, 3 * RANGE].map(|at| read(&window, at)), [None, Some(7), Some(7), None]);
         window.unmap(RANGE, RANGE).unwrap();
         assert_eq!([RANGE, 2 * RANGE].map(|at| read(&window, at)), [None, Some(7)]);
@@ -226,25 +217,28 @@ mod tests {
         let none = VhostUserMMapFlags::empty();
         let bad = [(0, 0, 0), (1, RANGE, 0), (0, RANGE - PAGE, 0), (RANGE, 2 * RANGE, 0), (u64::MAX - RANGE + 1, RANGE, 0), (0, RANGE, 1)];
         for (at, length, from) in bad.into_iter().chain([(0, RANGE, i64::MAX as u64 - PAGE + 1), (0, u64::MAX - RANGE + 1, 0)]) {
-            assert!(window.map(&request(at, length, from, none), &file(4096)).is_err(), "{at} {length} {from}");
+            assert!(window.map(&request(at, length, from, none), file(4096)).is_err(), "{at} {length} {from}");
             assert!(from != 0 || window.unmap(at, length).is_err(), "{at} {length}");
         }
-        assert!(window.map(&VhostUserMMap { shmid: 1, ..request(0, RANGE, 0, none) }, &file(4096)).is_err());
+        assert!(window.map(&VhostUserMMap { shmid: 1, ..request(0, RANGE, 0, none) }, file(4096)).is_err());
         assert_eq!(read(&window, 0), None);
     }
 
     #[test]
     fn beyond_the_end_of_a_file_that_became_shorter_zeroes_are_read() {
         let window = FileWindow::new(4).unwrap();
-        let file = file(2 << 20);
-        window.map(&request(0, RANGE, 0, VhostUserMMapFlags::WRITABLE), &file).unwrap();
-        assert!(!window.repair());
-        // It need not fill a range, nor have an end within one.
-        window.map(&request(RANGE, RANGE, 0, VhostUserMMapFlags::WRITABLE), &self::file(5)).unwrap();
-        assert!(window.repair() && !window.repair());
-        file.set_len(PAGE + 1).unwrap();
+        let (cut, short) = (file(2 << 20), file(5));
+        let writable = VhostUserMMapFlags::WRITABLE;
+        window.map(&request(0, RANGE, 0, writable), cut.try_clone().unwrap()).unwrap();
+        window.map(&request(RANGE, RANGE, 0, writable), short.try_clone().unwrap()).unwrap();
+        assert!(!window.repair(2 * PAGE), "that page is the file's");
+        cut.set_len(PAGE + 1).unwrap();
         assert_eq!(read(&window, 2 * PAGE), None);
-        assert!(window.repair());
-        assert_eq!([0, PAGE, 2 * PAGE, RANGE - 1].map(|at| read(&window, at)), [Some(7), Some(7), Some(0), Some(0)]);
+        assert!(window.repair(2 * PAGE + 7));
+        assert_eq!([0, PAGE, 2 * PAGE, 3 * PAGE].map(|at| read(&window, at)), [Some(7), Some(7), Some(0), None]);
+        // Nobody has touched what lies beyond the end of the other one: it is the file's when that grows.
+        short.set_len(2 * PAGE).unwrap();
+        assert_eq!(read(&window, RANGE + PAGE), Some(0));
+        assert!(!window.repair(RANGE + PAGE) && !window.repair(4 * RANGE));
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use ::vhost::VhostBackend;
 use ::vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use ::vhost::vhost_user::{Frontend, VhostUserFrontend};
+use caisson_host::control::Control;
 use caisson_protocol::guest::SHARE_TAG;
 use vm_memory::GuestMemory as _;
 
@@ -39,7 +40,7 @@ impl VhostUserFs {
     ///
     /// # Errors
     /// When the server does not answer in time or as the protocol says.
-    pub fn connect(socket: UnixStream, window: Option<(u64, &Arc<FileWindow>)>) -> io::Result<Self> {
+    pub fn connect(socket: UnixStream, window: Option<(u64, &Arc<FileWindow>)>, control: &Arc<Control>) -> io::Result<Self> {
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         let mut server = Frontend::from_stream(socket, QUEUE_SIZES.len() as u64);
@@ -51,7 +52,7 @@ impl VhostUserFs {
         let wanted = VhostUserProtocolFeatures::REPLY_ACK | if window.is_some() { maps } else { none };
         server.set_protocol_features(offered & wanted).map_err(io::Error::other)?;
         if let Some((_, files)) = window {
-            server.set_backend_request_fd(&files::serve(files)?).map_err(io::Error::other)?;
+            server.set_backend_request_fd(&files::serve(files, control)?).map_err(io::Error::other)?;
         }
         let mut config = vec![0; TAG_BYTES];
         config[..SHARE_TAG.len()].copy_from_slice(SHARE_TAG.as_bytes());

@@ -163,7 +163,8 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
 pub struct Bus {
     transports: Vec<Mutex<MmioTransport>>,
     serial: Option<Mutex<Serial>>,
-    files: Option<Arc<FileWindow>>,
+    /// The window for files, and where it begins.
+    files: Option<(u64, Arc<FileWindow>)>,
 }
 
 /// First and last port of the first serial port.
@@ -174,13 +175,13 @@ const KEYBOARD_RESET: u8 = 0xfe;
 
 impl Bus {
     /// A bus with these devices, in windows from [`MMIO_START`] on, beside a window for files.
-    pub fn new(transports: Vec<MmioTransport>, serial: Option<Serial>, files: Option<Arc<FileWindow>>) -> Self {
+    pub fn new(transports: Vec<MmioTransport>, serial: Option<Serial>, files: Option<(u64, Arc<FileWindow>)>) -> Self {
         Self { transports: transports.into_iter().map(Mutex::new).collect(), serial: serial.map(Mutex::new), files }
     }
 
-    /// Mends memory that cannot be read, as of a file that has become shorter; whether there was some.
-    pub fn repair(&self) -> bool {
-        self.files.as_ref().is_some_and(|files| files.repair())
+    /// Mends memory at an address that cannot be read as a file has become shorter; whether that is so.
+    pub fn repair(&self, address: u64) -> bool {
+        self.files.as_ref().is_some_and(|(start, files)| address.checked_sub(*start).is_some_and(|at| files.repair(at)))
     }
 
     /// A device, by the number of its window.

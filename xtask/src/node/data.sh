@@ -43,7 +43,7 @@ start_qemu() {
 		-accel kvm -cpu host -m 512 -smp 1 -nodefaults -no-user-config -nographic -no-reboot -kernel /usr/share/caisson/vmlinux \
 		-chardev socket,id=share,path=/run/virtiofsd.sock -device vhost-user-fs-device,chardev=share,tag=share \
 		-drive "file=$disk,format=raw,if=none,id=disk,cache=writeback" -device virtio-blk-device,drive=disk \
-		-netdev tap,id=network,ifname=tap0,script=no,downscript=no,vhost=on -device virtio-net-device,netdev=network,mac=02:00:00:88:20:01 \
+		-netdev tap,id=network,ifname=tap0,script=no,downscript=no,vhost=on -device virtio-net-device,netdev=network,mac=02:00:00:88:20:01 -device virtio-balloon-device,free-page-reporting=on \
 		-append "root=share rootfstype=virtiofs rw init=/x/init reboot=t panic=-1 quiet random.trust_cpu=on tsc=reliable no_timer_check" </dev/null >/tmp/qemu.log 2>&1 &
 }
 inside() {
@@ -122,4 +122,30 @@ for runtime in runc caisson; do
 	sleep 2
 	ctr task delete "data-$runtime" >/dev/null 2>&1
 	ctr container delete "data-$runtime"
+done
+# What two pods that read the same 64 MiB take of the host's memory for it beside its cache, when they have copies and when it is mapped.
+head -c 64M /dev/urandom >/var/tmp/volume/model
+touched() {
+	for vmm in $(pgrep -x caisson-vmm); do
+		for fd in /proc/"$vmm"/fd/*; do
+			case $(readlink "$fd") in *guest-memory*) echo $(($(stat -Lc %b "$fd") / 2)); break ;; esac
+		done
+	done | { sum=0; while read -r kib; do sum=$((sum + kib)); done; echo $sum; }
+}
+mkdir -p /etc/caisson
+for how in copied mapped; do
+	echo "fs.window_mib = $([ $how = mapped ] && echo 128 || echo 0)" >/etc/caisson/config.toml
+	for reader in 1 2; do
+		ctr run --detach --runtime io.containerd.caisson.v2 --mount type=bind,src=/var/tmp/volume,dst=/volume,options=rbind:ro $image "reader-$reader" sleep 100000 || fail "start a reader"
+	done
+	sleep 3
+	before=$(touched)
+	for reader in 1 2; do ctr task exec --exec-id "read$reader" "reader-$reader" md5sum /volume/model >/dev/null || fail "read with a window"; done
+	note "memory-readers.$how" $(($(touched) - before))
+	for reader in 1 2; do
+		ctr task kill -s SIGKILL "reader-$reader"
+		sleep 2
+		ctr task delete "reader-$reader" >/dev/null 2>&1
+		ctr container delete "reader-$reader"
+	done
 done

@@ -199,8 +199,9 @@ impl Backing {
         while done < vectors.len() {
             let part = self.parts.iter().find(|part| offset < part.end).ok_or(io::ErrorKind::UnexpectedEof)?;
             let rest = &mut vectors[done..];
-            let piece = within(rest, part.end - offset);
-            let wanted = if piece.is_empty() { &*rest } else { &piece };
+            // What is left may lie in several parts; the last one has no end.
+            let piece = (part.end != u64::MAX).then(|| within(rest, part.end - offset));
+            let wanted = piece.as_deref().unwrap_or(rest);
             let at = (offset - part.start).cast_signed();
             // SAFETY: each vector is a part of guest memory, which is mapped to the process's end and which
             // only raw accesses like this one go to; the guards keep it.
@@ -215,10 +216,10 @@ impl Backing {
             };
             offset += count as u64;
             for vector in rest {
-                let part = count.min(vector.iov_len);
-                count -= part;
-                vector.iov_base = vector.iov_base.wrapping_byte_add(part);
-                vector.iov_len -= part;
+                let done_of_it = count.min(vector.iov_len);
+                count -= done_of_it;
+                vector.iov_base = vector.iov_base.wrapping_byte_add(done_of_it);
+                vector.iov_len -= done_of_it;
                 done += usize::from(vector.iov_len == 0);
             }
         }
@@ -229,7 +230,7 @@ impl Backing {
 /// preadv(2) or pwritev(2).
 type Call = unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
 
-/// The first so many bytes of what these hold; nothing when that is all.
+/// The first so many bytes of what these hold.
 fn within(vectors: &[libc::iovec], mut most: u64) -> Vec<libc::iovec> {
     let mut piece = Vec::new();
     for vector in vectors {
@@ -237,10 +238,7 @@ fn within(vectors: &[libc::iovec], mut most: u64) -> Vec<libc::iovec> {
         if length > 0 {
             piece.push(libc::iovec { iov_base: vector.iov_base, iov_len: length as usize });
         }
-        if length < vector.iov_len as u64 {
-            return piece;
-        }
         most -= length;
     }
-    Vec::new()
+    piece
 }

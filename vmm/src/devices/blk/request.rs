@@ -57,24 +57,26 @@ struct Request<'m> {
 
 impl<'m> Request<'m> {
     fn read(memory: &'m GuestMemory, reach: Option<&'m GuestMemory>, chain: Chain<'m>) -> Option<Self> {
-        let (mut sent, mut room) = (Vec::new(), Vec::new());
+        // Our copy: the guest may change its own.
+        let buffers: Vec<Descriptor> = chain.filter(|buffer| buffer.len() > 0).take(2 * MAX_BUFFERS + 1).collect();
         let is_ours = |buffer: &Descriptor| memory.check_range(buffer.addr(), buffer.len() as usize);
-        let reach = reach.filter(|_| !chain.clone().all(|buffer| is_ours(&buffer)));
+        let reach = reach.filter(|_| !buffers.iter().all(is_ours));
         if reach.is_some() {
             // Drivers have header and outcome in buffers of their own.
-            let first = chain.clone().next().filter(|first| first.len() as usize == HEADER)?;
-            let last = chain.clone().last()?;
-            if !is_ours(&first) || !is_ours(&last) || !last.is_write_only() {
+            let header = buffers.first().filter(|first| !first.is_write_only() && first.len() as usize == HEADER)?;
+            let outcome = buffers.last().filter(|last| last.is_write_only())?;
+            if !is_ours(header) || !is_ours(outcome) {
                 return None;
             }
         }
-        for descriptor in chain {
-            let list = if descriptor.is_write_only() { &mut room } else { &mut sent };
+        let (mut sent, mut room) = (Vec::new(), Vec::new());
+        for buffer in buffers {
+            let list = if buffer.is_write_only() { &mut room } else { &mut sent };
             if list.len() == MAX_BUFFERS {
                 return None;
             }
             // A buffer may reach over two regions of memory; the driver's never do.
-            list.push(reach.unwrap_or(memory).get_slice(descriptor.addr(), descriptor.len() as usize).ok()?);
+            list.push(reach.unwrap_or(memory).get_slice(buffer.addr(), buffer.len() as usize).ok()?);
         }
         // How the parts are spread over buffers is the driver's affair (2.7.4).
         let mut header = [0; HEADER];
@@ -88,9 +90,6 @@ impl<'m> Request<'m> {
             if first.is_empty() {
                 sent.remove(0);
             }
-        }
-        while room.last()?.is_empty() {
-            room.pop();
         }
         let last = room.last_mut()?;
         let end = last.len() - 1;
@@ -164,7 +163,9 @@ pub(crate) mod tests {
 
     use super::super::backing::SECTOR;
     use super::*;
+    use crate::devices::files::FileWindow;
     use crate::devices::queue::ActiveQueue;
+    use crate::memory::with_window;
 
     const QUEUE: u64 = 0x1000;
     pub const HEADER_AT: u64 = 0x8000;
@@ -290,6 +291,34 @@ pub(crate) mod tests {
         driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
         let expected: Vec<u8> = [(1, 512), (2, 1024), (3, 512)].iter().flat_map(|(byte, count)| vec![*byte; *count]).collect();
         assert_eq!(data[..], expected[..]);
+    }
+
+    #[test]
+    fn what_is_read_may_lie_where_only_the_kernel_goes_and_nothing_else() {
+        const BEYOND: u64 = 1 << 30;
+        let window = FileWindow::new(4).unwrap();
+        let reach = |memory: &GuestMemory| with_window(memory, &window, BEYOND).unwrap();
+        let asked = |kind: u32, buffers: &[(u64, u32, u16)]| {
+            let mut driver = Driver::new(false, buffers);
+            driver.ask(kind, 0);
+            let chain = driver.queue.next(&driver.memory).unwrap();
+            let written = answer(&driver.backing, &driver.memory, Some(&reach(&driver.memory)), chain);
+            (written, driver.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap())
+        };
+        let (header, status) = ((HEADER_AT, 16, 0), (STATUS, 1, WRITE));
+        // Nothing is there, which the kernel finds out.
+        assert_eq!(asked(IN, &[header, (BEYOND, 512, WRITE), status]), (1, IOERR));
+        assert_eq!(asked(OUT, &[header, (BEYOND, 512, 0), status]), (1, IOERR));
+        for buffers in [
+            &[(BEYOND, 16, 0), (DATA, 512, WRITE), status][..],
+            &[header, (DATA, 512, WRITE), (BEYOND, 1, WRITE)],
+            &[header, (BEYOND, 512, WRITE), (BEYOND, 0, WRITE)],
+            &[(BEYOND, 16, WRITE), header, status],
+            &[(HEADER_AT, 8, 0), (BEYOND, 8, 0), status],
+        ] {
+            assert_eq!(asked(IN, buffers), (0, 0xff), "{buffers:?}");
+        }
+        assert_eq!(asked(GET_ID, &[header, (BEYOND, 20, WRITE), status]), (0, 0xff));
     }
 
     #[test]
