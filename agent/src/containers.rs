@@ -365,8 +365,9 @@ fn prepare_bundle(id: &str, spec: &[u8], layers: Option<Layers>) -> anyhow::Resu
     let parsed = serde_json::from_slice(spec).context("read the container's specification")?;
     std::fs::create_dir_all(bundle_dir(id)).context("create the bundle")?;
     std::fs::write(spec_file(id), spec).context("write the container's specification")?;
-    if let Some(Layers { folder, count, .. }) = layers {
-        let layers = serde_json::to_vec(&init::Layers { folder: folder.into(), count }).context("name the container's layers")?;
+    if let Some(Layers { folder, count, read_only, .. }) = layers {
+        let layers =
+            serde_json::to_vec(&init::Layers { folder: folder.into(), count, read_only }).context("name the container's layers")?;
         std::fs::write(layers_file(id), layers).context("write down the container's layers")?;
     }
     Ok(parsed)

@@ -41,6 +41,17 @@ pub enum NetworkDefault {
     User,
 }
 
+/// Which containers have the layers of their image as disks, where a snapshotter has made file systems of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskLayers {
+    /// None.
+    Never,
+    /// Those whose root file system is read-only.
+    ReadOnly,
+    /// All that can.
+    Always,
+}
+
 /// How an interface of a pod's network namespace is joined to its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Join {
@@ -121,6 +132,8 @@ pub struct Config {
     pub network_max_mbit: u32,
     /// Most frames a second of an interface, each way; 0 for no limit.
     pub network_max_frames: u32,
+    /// Whose layers become disks, where a snapshotter has them as file systems.
+    pub disk_layers: DiskLayers,
     /// Most MiB a second of a disk; 0 for no limit.
     pub disk_max_mib: u32,
     /// Most requests a second to a disk; 0 for no limit.
@@ -187,6 +200,7 @@ impl Default for Config {
             network_join: Join::Redirect,
             network_max_mbit: 0,
             network_max_frames: 0,
+            disk_layers: DiskLayers::ReadOnly,
             disk_max_mib: 0,
             disk_max_requests: 0,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),

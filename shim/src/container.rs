@@ -173,8 +173,10 @@ impl ShareFolder {
             Root::Disk => Ok(None),
             Root::Layers { layers, snapshot: folder } => {
                 make_target()?;
-                snapshot::share(&folder, &self.path.join(SNAPSHOT_DIR), owners.as_ref())
-                    .with_context(|| format!("snapshot {}", folder.display()))?;
+                if let Some(folder) = folder {
+                    snapshot::share(&folder, &self.path.join(SNAPSHOT_DIR), owners.as_ref())
+                        .with_context(|| format!("snapshot {}", folder.display()))?;
+                }
                 Ok(Some(layers))
             }
             Root::Mounts if create.rootfs.is_empty() => {

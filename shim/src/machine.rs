@@ -91,7 +91,7 @@ impl Machine {
                 sandbox,
                 store,
                 user_network: config.network_default == NetworkDefault::User && spec.network_namespace().is_none(),
-                disks: Disks::new(config.disk_limit()),
+                disks: Disks::new(config.disk_limit(), config.disk_layers),
                 config,
                 network: OnceCell::new(),
                 log_folder: spec.annotations().remove(LOG_FOLDER).filter(|path| path.starts_with('/')).map(PathBuf::from),

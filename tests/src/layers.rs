@@ -16,6 +16,8 @@ pub const ALONE: &[Test] = &[
 
 /// containerd makes a file system of each layer that it unpacks.
 const SETTINGS: &str = "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
+/// Also containers that are written to have layers as disks.
+const ALWAYS: &str = "[disk]\nlayers = \"always\"\n";
 /// An image of three layers: the second takes a file away, hides what a folder held and writes over a file, the third
 /// brings one back.
 const LAYERED: &str = "layered";
@@ -65,19 +67,25 @@ fn on_the_host(containerd: &Containerd, container: &str, script: &str) -> String
     shell(&format!("mkdir -p /tmp/snapshot; {mounts}\ncd /tmp/snapshot; {script}; cd /; umount /tmp/snapshot; rmdir /tmp/snapshot"))
 }
 
+/// Of containers that nobody writes to, where nothing else was asked for.
 fn layers_of_an_image_are_parts_of_a_disk() {
     let containerd = start();
     let before = Inventory::take();
     let script = "grep ' / ' /proc/mounts | grep -o 'overlay.*lowerdir=[^,]*' | tr ' ' '\\n' | tail -n 1 | grep -o 'lowerdir.*'; \
         cd /sys/class/block; echo vd*; cat vda/ro; cat vda/serial; echo; \
-        cat /tmp/two /tmp/three; ls /etc | tr '\\n' ' '; ls -d /tmp/deep /bin/base64 /bin/sh 2> /dev/null; true";
-    let seen = run(&containerd, &["--rm"], LAYERED, &id("parts"), script);
-    let expected = "lowerdir=0:1:2\nvda vda1 vda2 vda3\n1\nlayers\nthree\nthree\nnew /bin/sh\n/tmp/deep\n";
+        cat /tmp/two /tmp/three; ls /etc | tr '\\n' ' '; ls -d /tmp/deep /bin/base64 /bin/sh 2> /dev/null; cat /new/place/tmp/two; touch /x 2>&1 | grep -o Read-only";
+    // A mount of which the image lacks the place has one all the same.
+    let options = ["--rm", "--read-only", "--mount", "type=bind,src=/tmp/c2/two,dst=/new/place,options=rbind:ro"];
+    let seen = run(&containerd, &options, LAYERED, &id("parts"), script);
+    let expected = "lowerdir=0:1:2\nvda vda1 vda2 vda3\n1\nlayers\nthree\nthree\nnew /bin/sh\n/tmp/deep\ntwo\nRead-only\n";
     assert_eq!((seen.code, seen.stdout.as_str()), (0, expected), "{seen:?}");
+    let seen = run(&containerd, &["--rm"], LAYERED, &id("written"), "grep -c ' / virtiofs' /proc/mounts; cat /tmp/two; touch /x");
+    assert_eq!((seen.code, seen.stdout.as_str()), (0, "1\nthree\n"), "{seen:?}");
     assert_nothing_left(&before);
 }
 
 fn what_is_written_above_layers_means_the_same_to_the_host() {
+    let _settings = Config::set(ALWAYS);
     let containerd = start();
     let before = Inventory::take();
     let name = id("above");
@@ -107,7 +115,7 @@ fn what_is_written_above_layers_means_the_same_to_the_host() {
 }
 
 fn what_is_written_above_layers_belongs_to_the_pods_ids() {
-    let _settings = Config::set("[fs]\nid_base = 700000\n");
+    let _settings = Config::set(&format!("[fs]\nid_base = 700000\n{ALWAYS}"));
     let containerd = start();
     let before = Inventory::take();
     let name = id("owned");
@@ -124,6 +132,7 @@ fn containers_of_a_pod_share_the_layers_of_their_image() {
     let handler = "\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.layers]\n  runtime_type = \"io.containerd.caisson.v2\"\n  \
                    snapshotter = \"erofs\"\n";
     shell("modprobe erofs; modprobe loop");
+    let _settings = Config::set(ALWAYS);
     let _containerd = CriContainerd::start_with("2", &format!("{handler}{SETTINGS}"));
     let start = || Pod::start_with(CriContainerd::SOCKET, "layers", |_| ()).unwrap();
     // containerd keeps what it has mounted for the first one.

@@ -71,6 +71,8 @@ pub struct Layers {
     pub folder: PathBuf,
     /// How many.
     pub count: u32,
+    /// Whether there is no snapshot's folder, as nobody will write.
+    pub read_only: bool,
 }
 
 /// What the new process tells the agent.

@@ -35,6 +35,8 @@ const LINKS: &[(&str, &str)] = &[
     ("ptmx", "pts/ptmx"),
 ];
 const ANYONE: u32 = 0o666;
+/// Room for the places of mounts: folders and empty files.
+const PLACES: &str = "mode=755,size=1m";
 
 /// Enters the container's root and fills it.
 ///
@@ -78,11 +80,20 @@ fn lay_layers(id: &str, root: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         text => text.with_context(|| format!("read {}", file.display()))?,
     };
-    let Layers { folder, count } = serde_json::from_slice(&text).context("read the layers of the root")?;
+    let Layers { folder, count, read_only } = serde_json::from_slice(&text).context("read the layers of the root")?;
     // With paths from there on many fit into the page that the kernel takes.
     chdir(&folder).with_context(|| format!("enter {}", folder.display()))?;
     let lower: Vec<String> = (0..count).map(|layer| layer.to_string()).collect();
-    let snapshot = shared_snapshot(id);
+    let snapshot = if read_only {
+        // Places for mounts that the image lacks: they are made before the root is read-only.
+        mount(Some("places"), root, Some("tmpfs"), MsFlags::MS_NODEV | MsFlags::MS_NOSUID, Some(PLACES)).context("make room for mounts")?;
+        for name in [UPPER_DIR, WORK_DIR] {
+            std::fs::create_dir(root.join(name)).context("make room for mounts")?;
+        }
+        root.to_string_lossy().into_owned()
+    } else {
+        shared_snapshot(id)
+    };
     let options = format!("lowerdir={},upperdir={snapshot}/{UPPER_DIR},workdir={snapshot}/{WORK_DIR}", lower.join(":"));
     mount(Some("overlay"), root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
         .with_context(|| format!("lay {count} layers over one another at {}", root.display()))

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Config, HostNamespaces, HostSockets, Join, NetworkDefault};
+use super::{Config, DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::publish::MOST_PUBLISHED;
 use crate::vmm::{FILES_MIB, MEMORY_MIB, VCPUS};
@@ -230,6 +230,22 @@ pub const KEYS: &[Key] = &[
         "0 to 100000000; 0 for no limit",
         |c, v| c.network_max_frames = integer(&v, 0, 100_000_000)?,
         |c| c.network_max_frames.to_string()
+    ),
+    key!(
+        "disk.layers",
+        "which containers have the layers of their image as disks, where the snapshotter made file systems of them: those with a read-only root, or all",
+        "\"never\", \"read-only\" or \"always\"",
+        |c, v| c.disk_layers = match v {
+            Value::Text(t) if t == "never" => DiskLayers::Never,
+            Value::Text(t) if t == "read-only" => DiskLayers::ReadOnly,
+            Value::Text(t) if t == "always" => DiskLayers::Always,
+            _ => return None,
+        },
+        |c| quoted(match c.disk_layers {
+            DiskLayers::Never => "never",
+            DiskLayers::ReadOnly => "read-only",
+            DiskLayers::Always => "always",
+        })
     ),
     key!(
         "disk.max_mib",

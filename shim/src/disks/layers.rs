@@ -28,12 +28,12 @@ const SECTOR: u64 = 512;
 pub struct Layered {
     /// The disk that they are on.
     pub wanted: Wanted,
-    /// The folder of the snapshot that comes above them.
-    pub snapshot: PathBuf,
+    /// The folder of the snapshot that comes above them, unless nobody writes there.
+    pub snapshot: Option<PathBuf>,
 }
 
 /// The layers of a root file system, the uppermost first, when the guest can have all of them as they are.
-pub fn layers(container: &str, rootfs: &[Mount]) -> Option<Layered> {
+pub fn layers(container: &str, rootfs: &[Mount], read_only: bool) -> Option<Layered> {
     let [mount] = rootfs else { return None };
     let Overlay { layers, snapshot } = Overlay::read(mount)?;
     // Before the list of all mounts is read, which may be long.
@@ -42,7 +42,8 @@ pub fn layers(container: &str, rootfs: &[Mount]) -> Option<Layered> {
     }
     let points = points().ok()?;
     let sources: Vec<PathBuf> = layers.iter().map(|layer| source(layer, &points)).collect::<Option<_>>()?;
-    if !snapshot::can_be_shared(snapshot) {
+    if !read_only && !snapshot::can_be_shared(snapshot) {
+        log::debug!("container {container}: the folder of its snapshot cannot be a guest's: {}", snapshot.display());
         return None;
     }
     let mount = DiskMount {
@@ -53,7 +54,7 @@ pub fn layers(container: &str, rootfs: &[Mount]) -> Option<Layered> {
         ..DiskMount::default()
     };
     let wanted = Wanted { sources, read_only: true, name: LAYERS.into(), mount: Some(mount), divided: true };
-    Some(Layered { wanted, snapshot: snapshot.to_owned() })
+    Some(Layered { wanted, snapshot: (!read_only).then(|| snapshot.to_owned()) })
 }
 
 /// An overlay as a snapshotter hands it over.

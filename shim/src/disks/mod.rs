@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::{DiskMount, Layers};
+use caisson_protocol::config::DiskLayers;
 use caisson_protocol::guest::DISKS_DIR;
 use caisson_protocol::vmm::{BLOCK_SIZES, DISKS, Disk, RateLimit};
 use containerd_shim_protos::types::mount::Mount;
@@ -53,6 +54,7 @@ fn none_left() -> String {
 pub struct Disks {
     places: Arc<Mutex<Places>>,
     limit: RateLimit,
+    layers: DiskLayers,
     /// Containers that have some, or are about to, and whether they may write to any of them.
     containers: std::sync::Mutex<HashMap<String, bool>>,
 }
@@ -74,8 +76,8 @@ pub enum Root {
     Layers {
         /// For the guest.
         layers: Layers,
-        /// For the share.
-        snapshot: PathBuf,
+        /// For the share; none where the root is read-only.
+        snapshot: Option<PathBuf>,
     },
 }
 
@@ -100,9 +102,9 @@ struct Attached {
 type Identity = (u64, u64);
 
 impl Disks {
-    /// None yet; each is to carry no more than `limit` says.
-    pub fn new(limit: RateLimit) -> Self {
-        Self { places: Arc::default(), limit, containers: std::sync::Mutex::default() }
+    /// None yet; each is to carry no more than `limit` says, and `layers` says whose are to be some.
+    pub fn new(limit: RateLimit, layers: DiskLayers) -> Self {
+        Self { places: Arc::default(), limit, layers, containers: std::sync::Mutex::default() }
     }
 
     /// Gives a container the disks that its specification asks for, and points that at them; returns where its root file
@@ -129,11 +131,13 @@ impl Disks {
             spec["root"]["path"] = json!(placed.folder);
             return Ok(Root::Disk);
         }
-        if let Some(Layered { wanted, snapshot }) = layers(container, rootfs) {
+        let read_only = spec["root"]["readonly"] == true;
+        let wanted = self.layers == DiskLayers::Always || (self.layers == DiskLayers::ReadOnly && read_only);
+        if let Some(Layered { wanted, snapshot }) = wanted.then(|| layers(container, rootfs, read_only)).flatten() {
             let count = wanted.sources.len() as u32;
             match self.add(sandbox, container, wanted).await {
                 Ok(Some(Placed { folder: Some(folder), .. })) => {
-                    return Ok(Root::Layers { layers: Layers { folder, count, ..Layers::default() }, snapshot });
+                    return Ok(Root::Layers { layers: Layers { folder, count, read_only, ..Layers::default() }, snapshot });
                 }
                 Ok(_) => log::debug!("container {container}: its layers are mounted on the host: {}", none_left()),
                 // The host's kernel knows more kinds of them than the guest's.
