@@ -97,6 +97,7 @@ const SELDOM: &[(&str, &[i64], &str)] = &[
     ("any", &[14, 131], "rt_sigprocmask, sigaltstack: the end of a thread"),
     ("disk", &[72], "fcntl: by which a build for debugging checks what it closes"),
     ("control", &[273, 334], "set_robust_list, rseq: a new thread's first, when nobody knows yet which it is"),
+    ("vcpu", &[8], "lseek: how long a file is now that a guest reads where it was mapped, which KVM tells since Linux 6.13"),
     ("spare", &[273, 334, 435], "those, and clone3: for more vCPUs than the node has"),
     (
         "any",
@@ -129,7 +130,8 @@ fn what_a_monitor_may_ask_of_the_kernel_is_what_it_asks() {
     // By the monitor itself, and by the host's kernel.
     let mut traces = String::new();
     for vhost in [false, true] {
-        let _settings = Config::set(&format!("[vmm]\npath = \"{monitor}\"\n[network]\nvhost = {vhost}\n[vm]\nmax_vcpus = 4\n"));
+        let _settings =
+            Config::set(&format!("[vmm]\npath = \"{monitor}\"\n[network]\nvhost = {vhost}\n[vm]\nmax_vcpus = 4\n[fs]\nwindow_mib = 16\n"));
         let strace = trace_next();
         do_all(&disk);
         strace.join().unwrap();
