@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Context;
 use caisson_protocol::agent::{CreateContainerRequest, Layers, Stdio};
 use nix::unistd::Pid;
+use protobuf::Message;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::hugepages::HugePages;
-use crate::init::{self, bundle_dir, layers_file, process_file, spec_file};
+use crate::init::{bundle_dir, layers_file, process_file, spec_file};
 use crate::names::check_id;
 use crate::process::{self, Made, Starter};
 use crate::reaper::{Exit, Reaper};
@@ -365,9 +366,8 @@ fn prepare_bundle(id: &str, spec: &[u8], layers: Option<Layers>) -> anyhow::Resu
     let parsed = serde_json::from_slice(spec).context("read the container's specification")?;
     std::fs::create_dir_all(bundle_dir(id)).context("create the bundle")?;
     std::fs::write(spec_file(id), spec).context("write the container's specification")?;
-    if let Some(Layers { folder, count, read_only, .. }) = layers {
-        let layers =
-            serde_json::to_vec(&init::Layers { folder: folder.into(), count, read_only }).context("name the container's layers")?;
+    if let Some(layers) = layers {
+        let layers = layers.write_to_bytes().context("name the container's layers")?;
         std::fs::write(layers_file(id), layers).context("write down the container's layers")?;
     }
     Ok(parsed)

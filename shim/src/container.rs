@@ -168,11 +168,12 @@ impl ShareFolder {
     pub fn mount_root(&self, root: Root, store: &Store, create: &CreateContainer<'_>, config: &Config) -> Result<Option<Layers>> {
         let target = self.path.join(ROOTFS_DIR);
         let owners = owners(config);
-        let make_target = || std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()));
+        if !matches!(root, Root::Disk) {
+            std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
+        }
         match root {
             Root::Disk => Ok(None),
             Root::Layers { layers, snapshot: folder } => {
-                make_target()?;
                 if let Some(folder) = folder {
                     snapshot::share(&folder, &self.path.join(SNAPSHOT_DIR), owners.as_ref())
                         .with_context(|| format!("snapshot {}", folder.display()))?;
@@ -180,14 +181,12 @@ impl ShareFolder {
                 Ok(Some(layers))
             }
             Root::Mounts if create.rootfs.is_empty() => {
-                make_target()?;
                 let source = create.spec.root_path(Path::new(create.bundle));
                 mounts::bind(&source, &target, &How { below: true, owners, owners_below: true, ..How::default() })
                     .with_context(|| format!("bind the root file system {}", source.display()))?;
                 Ok(None)
             }
             Root::Mounts => {
-                make_target()?;
                 mounts::mount_rootfs(create.rootfs, &target, owners.as_ref(), &store.dir().join("layers"))?;
                 Ok(None)
             }

@@ -38,6 +38,11 @@ const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOF
 /// With other owners the folder is nobody's in the guest, who must come through it.
 const PASSABLE: u32 = 0o711;
 
+/// Whether nothing was written to a snapshot.
+pub fn is_fresh(snapshot: &Path) -> bool {
+    std::fs::read_dir(snapshot.join(UPPER_DIR)).is_ok_and(|mut entries| entries.next().is_none())
+}
+
 /// Whether the file system of a snapshot can be written by a guest's overlay.
 pub fn can_be_shared(snapshot: &Path) -> bool {
     let is_folder = |name: &str| std::fs::symlink_metadata(snapshot.join(name)).is_ok_and(|meta| meta.is_dir());
@@ -175,6 +180,8 @@ mod tests {
     #[test]
     fn marks_are_carried_to_folders_and_through_no_link() {
         let top = tempfile::tempdir().unwrap();
+        std::fs::create_dir(top.path().join("fs")).unwrap();
+        assert!(is_fresh(top.path()));
         let (upper, outside) = (top.path().join("fs"), top.path().join("outside"));
         for folder in ["fs/a/b", "fs/plain", "outside/inner"] {
             std::fs::create_dir_all(top.path().join(folder)).unwrap();
@@ -183,6 +190,7 @@ mod tests {
         for folder in [upper.join("a/b"), outside.join("inner")] {
             setxattr(&folder, GUESTS_MARK, OPAQUE, XattrFlags::empty()).unwrap();
         }
+        assert!(!is_fresh(top.path()));
         setxattr(upper.join("plain"), GUESTS_MARK, b"n", XattrFlags::empty()).unwrap();
         let snapshot = rustix::fs::open(top.path(), FOLDER, Mode::empty()).unwrap();
         carry_marks(&snapshot, GUESTS_MARK, OTHER_MARK).unwrap();
@@ -200,7 +208,7 @@ mod tests {
             for name in [UPPER_DIR, WORK_DIR] {
                 std::os::unix::fs::symlink(target, snapshot.join(name)).unwrap();
             }
-            assert!(!can_be_shared(&snapshot));
+            assert!(!can_be_shared(&snapshot) && (target == "/" || !is_fresh(&snapshot)));
             Left::of(container.path()).unwrap().settle();
             for name in [UPPER_DIR, WORK_DIR] {
                 assert!(std::fs::symlink_metadata(snapshot.join(name)).unwrap().is_dir());

@@ -54,25 +54,14 @@ pub fn spec_file(container: &str) -> PathBuf {
     bundle_dir(container).join("config.json")
 }
 
-/// Where it lies of what its root file system is made, if of layers.
+/// Where its message lies of the layers that its root file system is made of, if it is.
 pub fn layers_file(container: &str) -> PathBuf {
-    bundle_dir(container).join("layers.json")
+    bundle_dir(container).join("layers")
 }
 
 /// Where an exec's process object lies.
 pub fn process_file(container: &str, exec: &str) -> PathBuf {
     bundle_dir(container).join(format!("exec-{exec}.json"))
-}
-
-/// The layers of a root file system, below its snapshot's folder in the share.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Layers {
-    /// The folder in which they are mounted, numbered, the uppermost being 0.
-    pub folder: PathBuf,
-    /// How many.
-    pub count: u32,
-    /// Whether there is no snapshot's folder, as nobody will write.
-    pub read_only: bool,
 }
 
 /// What the new process tells the agent.

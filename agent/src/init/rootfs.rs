@@ -4,7 +4,7 @@
 //! specification can lead out of it; what is bound into it is reached through a descriptor of the
 //! old root, which is let go at the end.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -18,11 +18,13 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fstatat, major, makedev, minor, mknod};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
+use protobuf::Message;
 
+use caisson_protocol::agent::Layers;
 use caisson_protocol::guest::{UPPER_DIR, WORK_DIR, shared_snapshot};
 
 use super::terminal::Terminal;
-use super::{Layers, inside, layers_file, mounts};
+use super::{inside, layers_file, mounts};
 use crate::cgroup::Cgroup;
 
 /// What every container has in its /dev (runtime-spec `config-linux.md`, "Default Devices").
@@ -80,15 +82,18 @@ fn lay_layers(id: &str, root: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         text => text.with_context(|| format!("read {}", file.display()))?,
     };
-    let Layers { folder, count, read_only } = serde_json::from_slice(&text).context("read the layers of the root")?;
+    let Layers { folder, count, read_only, .. } = Layers::parse_from_bytes(&text).context("read the layers of the root")?;
     // With paths from there on many fit into the page that the kernel takes.
-    chdir(&folder).with_context(|| format!("enter {}", folder.display()))?;
+    chdir(folder.as_str()).with_context(|| format!("enter {folder}"))?;
     let lower: Vec<String> = (0..count).map(|layer| layer.to_string()).collect();
     let snapshot = if read_only {
         // Places for mounts that the image lacks: they are made before the root is read-only.
         mount(Some("places"), root, Some("tmpfs"), MsFlags::MS_NODEV | MsFlags::MS_NOSUID, Some(PLACES)).context("make room for mounts")?;
         for name in [UPPER_DIR, WORK_DIR] {
-            std::fs::create_dir(root.join(name)).context("make room for mounts")?;
+            let folder = root.join(name);
+            std::fs::create_dir(&folder).context("make room for mounts")?;
+            // The first is the root to be, whatever modes new folders have here.
+            std::fs::set_permissions(&folder, Permissions::from_mode(0o755)).context("make room for mounts")?;
         }
         root.to_string_lossy().into_owned()
     } else {
@@ -233,9 +238,7 @@ fn make_specified(device: &LinuxDevice, old_root: &OwnedFd) -> Result<()> {
 fn make_device(path: &Path, kind: SFlag, number: libc::dev_t, mode: u32, old_root: &OwnedFd) -> Result<()> {
     match mknod(path, kind, Mode::from_bits_truncate(mode), number) {
         // Whatever the umask took away.
-        Ok(()) => {
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).with_context(|| format!("chmod {}", path.display()))
-        }
+        Ok(()) => std::fs::set_permissions(path, Permissions::from_mode(mode)).with_context(|| format!("chmod {}", path.display())),
         Err(Errno::EEXIST) => Ok(()),
         Err(Errno::EPERM) => {
             let source =

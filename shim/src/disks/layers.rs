@@ -42,8 +42,10 @@ pub fn layers(container: &str, rootfs: &[Mount], read_only: bool) -> Option<Laye
     }
     let points = points().ok()?;
     let sources: Vec<PathBuf> = layers.iter().map(|layer| source(layer, &points)).collect::<Option<_>>()?;
-    if !read_only && !snapshot::can_be_shared(snapshot) {
-        log::debug!("container {container}: the folder of its snapshot cannot be a guest's: {}", snapshot.display());
+    // What is in a snapshot already the container is to see, also one that writes nothing.
+    let serves = if read_only { snapshot::is_fresh(snapshot) } else { snapshot::can_be_shared(snapshot) };
+    if !serves {
+        log::debug!("container {container}: its layers are mounted on the host, as its snapshot's folder cannot be the guest's");
         return None;
     }
     let mount = DiskMount {

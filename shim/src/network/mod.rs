@@ -305,13 +305,13 @@ async fn remove_gone(links: &[LinkMessage], known: &mut Known, sandbox: &Sandbox
         .filter(|(index, _)| !links.iter().any(|link| link.header.index == **index))
         .map(|(index, interface)| (*index, interface.place))
         .collect();
+    if gone.is_empty() {
+        return Ok(());
+    }
     // Other taps go with their last descriptor; this one stays on an interface that was moved to another namespace.
     let macvtaps = links.iter().filter(|link| join::is_our_macvtap(link)).map(|link| link.header.index);
     for tap in macvtaps.filter(|tap| attached.iter().any(|(index, interface)| gone.contains_key(index) && interface.tap == *tap)) {
         handle.link().del(tap).execute().await.context("take a macvtap away")?;
-    }
-    if gone.is_empty() {
-        return Ok(());
     }
     // What the guest does not let go of it is asked again.
     let request = ConfigureNetworkRequest { removed: gone.keys().copied().collect(), ..ConfigureNetworkRequest::default() };
