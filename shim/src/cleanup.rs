@@ -34,8 +34,10 @@ pub fn delete(flags: &Flags) -> Result<()> {
     // sandbox's own container was deleted first.
     let alive = UnixStream::connect(&socket).is_ok();
     if !(alive && (pod != flags.id || has_others(&config.run_dir, flags))) {
-        store::undo(&config.run_dir, &flags.namespace, &pod)?;
+        let undone = store::undo(&config.run_dir, &flags.namespace, &pod);
+        // Nobody listens there any more, whatever else stays.
         let _ = std::fs::remove_file(&socket);
+        undone?;
     }
     let exit = Exit::killed();
     let response = DeleteResponse {

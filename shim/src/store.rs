@@ -5,14 +5,18 @@
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use caisson_host::records::{self, UIDS};
 use caisson_protocol::record::{PodRecord, ProcessRecord};
 use nix::mount::{MntFlags, umount2};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::mounts;
 use crate::snapshot::Left;
@@ -151,7 +155,8 @@ fn real(path: &Path) -> PathBuf {
 }
 
 /// Undoes everything that a pod's record names, and removes its folder. What is gone already is
-/// no error; everything is tried, and the first failure is reported.
+/// no error, also when others do the same at the same time, as a shim and `delete` do; everything is tried, and the first
+/// failure is reported.
 ///
 /// # Errors
 /// What could not be removed.
@@ -166,7 +171,7 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
         }
     };
     if let Some(record) = record {
-        record.processes.iter().filter(|process| process.pid != std::process::id()).for_each(kill);
+        kill(record.processes.iter().filter(|process| process.pid != std::process::id()));
         if let Some(cgroup) = &record.cgroup {
             note(crate::cgroup::remove(cgroup, namespace));
         }
@@ -177,7 +182,7 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
             let path = run_dir.join(UIDS).join(uid.to_string());
             // Only when it is ours: a killed shim may have recorded an id that it never got.
             if std::fs::read_to_string(&path).is_ok_and(|owner| owner == dir.to_string_lossy()) {
-                note(std::fs::remove_file(&path).with_context(|| format!("release user id {uid}")));
+                note(unless_gone(std::fs::remove_file(&path)).with_context(|| format!("release user id {uid}")));
             }
             // It goes with the last of them.
             let _ = std::fs::remove_dir(run_dir.join(UIDS));
@@ -194,11 +199,23 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
     outcome
 }
 
-/// Kills a process of the pod, if it is still that one.
-fn kill(process: &ProcessRecord) {
-    if records::is_alive(process) {
-        // It may end by itself meanwhile.
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid.cast_signed()), nix::sys::signal::Signal::SIGKILL);
+/// How long killed processes are waited for.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Kills those processes of a pod that are still the ones that were recorded, and waits for their end: a shim that is not
+/// quite dead writes to its folder. One that does not die is its cgroup's to report.
+fn kill<'a>(processes: impl Iterator<Item = &'a ProcessRecord>) {
+    let killed: Vec<OwnedFd> = processes
+        .filter_map(|process| {
+            let handle = pidfd_open(Pid::from_raw(process.pid.cast_signed())?, PidfdFlags::empty()).ok()?;
+            // It may end by itself meanwhile.
+            (records::is_alive(process) && pidfd_send_signal(&handle, Signal::KILL).is_ok()).then_some(handle)
+        })
+        .collect();
+    let start = Instant::now();
+    for handle in killed {
+        let left = Timespec::try_from(DEATH_TIMEOUT.saturating_sub(start.elapsed())).ok();
+        let _ = poll(&mut [PollFd::new(&handle, PollFlags::IN)], left.as_ref());
     }
 }
 
@@ -242,26 +259,33 @@ pub fn unmount_below(dir: &Path) -> Result<()> {
 /// What could not be removed.
 pub fn remove_empty_tree(dir: &Path) -> Result<()> {
     let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("read {}", dir.display())),
+        entries => entries.with_context(|| format!("read {}", dir.display()))?,
     };
     for entry in entries {
         let entry = entry.with_context(|| format!("read {}", dir.display()))?;
         let path = entry.path();
-        if entry.file_type().with_context(|| format!("look at {}", path.display()))?.is_dir() {
+        let meta = match entry.metadata() {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            meta => meta.with_context(|| format!("look at {}", path.display()))?,
+        };
+        if meta.is_dir() {
             remove_empty_tree(&path)?;
             continue;
         }
-        let ours = entry.metadata().is_ok_and(|meta| meta.len() == 0) || entry.file_name().to_string_lossy().ends_with("record.json");
-        if !ours {
+        if meta.len() > 0 && !entry.file_name().to_string_lossy().ends_with("record.json") {
             bail!("remove {}: it is not ours; is it still mounted?", path.display());
         }
-        std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+        unless_gone(std::fs::remove_file(&path)).with_context(|| format!("remove {}", path.display()))?;
     }
-    match std::fs::remove_dir(dir) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).with_context(|| format!("remove {}", dir.display())),
-        _ => Ok(()),
+    unless_gone(std::fs::remove_dir(dir)).with_context(|| format!("remove {}", dir.display()))
+}
+
+/// What a removal came to; somebody else may have been faster.
+fn unless_gone(removed: std::io::Result<()>) -> std::io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -283,6 +307,25 @@ mod tests {
         undo(run.path(), "default", "web").unwrap();
         undo(run.path(), "default", "web").unwrap();
         assert_eq!(std::fs::read_dir(run.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn several_undo_a_pod_at_once_and_each_succeeds() {
+        for _ in 0..50 {
+            let run = tempfile::tempdir().unwrap();
+            let store = Store::create(run.path(), record("web")).unwrap();
+            store.reserve_uid(5000, 10).unwrap();
+            for container in ["a", "b", "c", "d"] {
+                std::fs::create_dir_all(store.share().join(container).join("rootfs")).unwrap();
+                std::fs::write(store.share().join(container).join("file"), "").unwrap();
+            }
+            std::thread::scope(|scope| {
+                let undo = || undo(run.path(), "default", "web");
+                let all = [scope.spawn(undo), scope.spawn(undo), scope.spawn(undo)];
+                all.into_iter().for_each(|undone| undone.join().unwrap().unwrap());
+            });
+            assert_eq!(std::fs::read_dir(run.path()).unwrap().count(), 0);
+        }
     }
 
     #[test]
