@@ -1,7 +1,7 @@
 //! The guest kernel: an ELF `vmlinux` built from the distribution's kernel source package.
 //!
 //! `kernel.config` lists every option that we ask for with its reason. [`build`] lays it over
-//! `allnoconfig`, checks that every line survived Kconfig's dependencies, and compiles.
+//! `allnoconfig`, checks that every line survived Kconfig's dependencies, and compiles. `patches` has what we change in the source.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,11 +11,15 @@ use anyhow::{Context, Result, bail};
 /// The configuration fragment, as it lies in the tree.
 pub const FRAGMENT: &str = include_str!("../kernel.config");
 
+/// What is changed in the source: each patch with its reason above it.
+pub const PATCHES: &[&str] =
+    &[include_str!("../patches/overlayfs-removed-names.patch"), include_str!("../patches/page-reporting-at-rest.patch")];
+
 /// Names how [`build`] builds; to be changed with it, so that kept kernels are built anew.
 pub const RECIPE: &str = "allnoconfig, strip --strip-all, 1";
 
 /// The packages that a build needs besides the source.
-pub const BUILD_PACKAGES: &[&str] = &["bc", "bison", "flex", "gcc", "libelf-dev", "make", "xz-utils"];
+pub const BUILD_PACKAGES: &[&str] = &["bc", "bison", "flex", "gcc", "libelf-dev", "make", "patch", "xz-utils"];
 
 /// Folders of hardware that no guest has: two thirds of the source, which are not unpacked. Their
 /// Kconfig files are read, and stay.
@@ -106,7 +110,7 @@ pub fn source() -> Result<PathBuf> {
 /// Builds `vmlinux` into `out`, working in `work`; about 10 minutes on two cores.
 ///
 /// # Errors
-/// When an option of the fragment did not survive, naming it, and when the compiler fails, with
+/// When a patch does not fit, when an option of the fragment did not survive, naming it, and when the compiler fails, with
 /// the end of its output.
 pub fn build(source: &Path, work: &Path, out: &Path) -> Result<()> {
     let options = parse(FRAGMENT)?;
@@ -114,6 +118,14 @@ pub fn build(source: &Path, work: &Path, out: &Path) -> Result<()> {
     unpack.arg("-xf").arg(source).arg("--strip-components=1").arg("-C").arg(work);
     unpack.args(UNUSED.iter().flat_map(|folder| ["c", "h"].map(|kind| format!("--exclude=*/{folder}/*.{kind}"))));
     run(&mut unpack, "unpack the kernel source")?;
+    for patch in PATCHES {
+        let file = work.join("caisson.patch");
+        std::fs::write(&file, patch)?;
+        let subject = patch.lines().next().unwrap_or_default();
+        let mut apply = Command::new("patch");
+        apply.args(["--strip=1", "--batch", "--forward", "--directory"]).arg(work).arg("--input").arg(file);
+        run(&mut apply, &format!("change the kernel source ({subject})"))?;
+    }
     let fragment: String = options.iter().flatten().map(|setting| format!("{}={}\n", setting.name, setting.value)).collect();
     let fragment_path = work.join("caisson.config");
     std::fs::write(&fragment_path, fragment)?;
@@ -146,7 +158,9 @@ fn make(work: &Path) -> Command {
 fn run(command: &mut Command, what: &str) -> Result<()> {
     let output = command.stdin(Stdio::null()).output().with_context(|| what.to_owned())?;
     if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
+        // What `patch` has to say is no error of its own.
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         bail!("{what}: {}\n{}", output.status, lines[lines.len().saturating_sub(20)..].join("\n"));
     }

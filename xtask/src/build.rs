@@ -92,7 +92,7 @@ pub fn hostile_initramfs(target: &Path) -> Result<()> {
     caisson_image_builder::initramfs(&top.join("target").join(AGENT_TARGET).join("release/examples/hostile-agent"), target)
 }
 
-/// The guest kernel, from the cache when neither fragment nor source changed.
+/// The guest kernel, from the cache when fragment, patches and source have not changed.
 pub fn kernel() -> Result<PathBuf> {
     let source = guest_kernel::source()?;
     let sh = Shell::new()?;
@@ -100,7 +100,8 @@ pub fn kernel() -> Result<PathBuf> {
     let version =
         cmd!(sh, "dpkg-query --show --showformat={format} linux-source").quiet().read().context("ask for the kernel source's version")?;
     let name = source.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let key = cache::key([guest_kernel::FRAGMENT.as_bytes(), name.as_bytes(), version.as_bytes(), guest_kernel::RECIPE.as_bytes()]);
+    let made_of = [guest_kernel::FRAGMENT, &name, &version, guest_kernel::RECIPE].into_iter().chain(guest_kernel::PATCHES.iter().copied());
+    let key = cache::key(made_of.map(str::as_bytes));
     let dir = cache::entry("kernel", &key, |dir| {
         progress::step("building the guest kernel (once a machine, about 10 minutes on two cores)", || {
             let work = tempfile::Builder::new().prefix("caisson-kernel-").tempdir_in(cache::root()?)?;
