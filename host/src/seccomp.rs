@@ -50,7 +50,7 @@ pub fn install(role: &'static str, calls: &[&[Allow]]) -> Result<(), SeccompErro
     seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { role, source })
 }
 
-/// Refuses `calls` to the calling thread and all that it starts, as if a right were missing, for good.
+/// Refuses `calls` to all threads of the process and all that they start, as if a right were missing, for good.
 ///
 /// # Errors
 /// When the filter cannot be built or the kernel refuses it.
@@ -60,7 +60,7 @@ pub fn refuse(role: &'static str, calls: &[i64]) -> Result<(), SeccompError> {
     let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, TargetArch::x86_64);
     let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(|source| SeccompError::Build { role, source })?;
-    seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { role, source })
+    seccompiler::apply_filter_all_threads(&program).map_err(|source| SeccompError::Install { role, source })
 }
 
 fn build(calls: &[&[Allow]]) -> Result<BpfProgram, seccompiler::BackendError> {
@@ -106,12 +106,11 @@ mod tests {
 
     #[test]
     fn what_is_refused_fails_and_the_rest_goes_on() {
-        // A filter is its thread's for good.
-        let refused = std::thread::spawn(|| {
-            refuse("a test", &[libc::SYS_sethostname]).unwrap();
-            nix::unistd::sethostname("caisson-test").unwrap_err()
-        });
-        assert_eq!(refused.join().unwrap(), nix::errno::Errno::EPERM);
+        let (ask, asked) = std::sync::mpsc::channel();
+        let before = std::thread::spawn(move || asked.recv().map(|()| nix::unistd::sethostname("caisson-test").unwrap_err()));
+        refuse("a test", &[libc::SYS_sethostname]).unwrap();
+        ask.send(()).unwrap();
+        assert_eq!(before.join().unwrap(), Ok(nix::errno::Errno::EPERM));
     }
 
     #[test]

@@ -7,11 +7,13 @@
 //! A pod's annotation `io.caisson.<key>` sets `<key>` for that pod when `annotations.allowed`
 //! lists the key.
 
+mod choices;
 mod keys;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+pub use self::choices::{DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
 pub use self::keys::{KEYS, Key};
 use self::keys::{Value, find, quoted};
 use crate::fs::CachePolicy;
@@ -22,55 +24,6 @@ use crate::vmm::{MEMORY_MIB, RateLimit, VCPUS};
 pub const PATH: &str = "/etc/caisson/config.toml";
 /// What the name of an annotation begins with.
 pub const ANNOTATION_PREFIX: &str = "io.caisson.";
-
-/// What becomes of a container that asks for namespaces of the host, which a machine cannot share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HostNamespaces {
-    /// It is refused.
-    Refuse,
-    /// It gets the pod's.
-    Pod,
-}
-
-/// What network a pod has that was given none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NetworkDefault {
-    /// Its loopback interface alone.
-    None,
-    /// One that a program of the host carries over sockets of its own.
-    User,
-}
-
-/// Which containers have the layers of their image as disks, where a snapshotter has made file systems of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DiskLayers {
-    /// None.
-    Never,
-    /// Those whose root file system is read-only.
-    ReadOnly,
-    /// All that can.
-    Always,
-}
-
-/// How an interface of a pod's network namespace is joined to its machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Join {
-    /// Traffic control redirects frames between it and a tap.
-    Redirect,
-    /// A macvtap on it takes what arrives.
-    Macvtap,
-}
-
-/// What becomes of a socket or FIFO of the host among a container's mounts, whose other end a machine cannot reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HostSockets {
-    /// The container is refused.
-    Refuse,
-    /// It is bound, and nobody answers.
-    Dead,
-    /// Connections to a socket are carried to the host's; a FIFO is refused.
-    Carry,
-}
 
 /// What the pods of a tenant share on the host. See [`KEYS`] for each of these.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -134,6 +87,8 @@ pub struct Config {
     pub network_max_frames: u32,
     /// Whose layers become disks, where a snapshotter has them as file systems.
     pub disk_layers: DiskLayers,
+    /// Whether disks have rings of the kernel's.
+    pub disk_io_uring: bool,
     /// Most MiB a second of a disk; 0 for no limit.
     pub disk_max_mib: u32,
     /// Most requests a second to a disk; 0 for no limit.
@@ -200,7 +155,8 @@ impl Default for Config {
             network_join: Join::Redirect,
             network_max_mbit: 0,
             network_max_frames: 0,
-            disk_layers: DiskLayers::ReadOnly,
+            disk_layers: DiskLayers::Always,
+            disk_io_uring: false,
             disk_max_mib: 0,
             disk_max_requests: 0,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),

@@ -172,6 +172,8 @@ pub struct BootConfig {
     pub files_mib: u64,
     /// Whether the guest tells which of its memory is free, so that the host has it back.
     pub report_free_memory: bool,
+    /// Whether requests of disks go to the host's kernel by rings, where it has them.
+    pub disk_rings: bool,
     /// Added to the guest kernel's command line.
     pub kernel_args: String,
     /// Whether the guest has a serial console.
@@ -220,6 +222,11 @@ pub enum Event {
     },
     /// The vCPUs run.
     Running,
+    /// The host has no rings for disks, which do without.
+    NoRings {
+        /// Why.
+        reason: String,
+    },
     /// The guest has connected to the port.
     StreamOpened {
         /// The stream's port.

@@ -46,9 +46,6 @@ const REFUSED: &[i64] = &[
     libc::SYS_request_key,
     libc::SYS_keyctl,
     // Large, and not used.
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
     libc::SYS_userfaultfd,
     libc::SYS_perf_event_open,
     libc::SYS_fanotify_init,
@@ -59,10 +56,21 @@ const REFUSED: &[i64] = &[
     libc::SYS_sysfs,
 ];
 
-/// Restricts the calling thread, and all that it starts. Nobody who runs a program from here on gets new privileges by that.
+/// What only the monitor needs, and only where disks are to have rings.
+const RINGS: &[i64] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+
+/// Restricts the process, and all that it starts. Nobody who runs a program from here on gets new privileges by that.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn install() -> Result<(), SeccompError> {
     seccomp::refuse("the shim", REFUSED)
+}
+
+/// Restricts it further, once it is known that disks are to have no rings.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn refuse_rings() -> Result<(), SeccompError> {
+    seccomp::refuse("the shim", RINGS)
 }

@@ -17,6 +17,7 @@ use tokio::sync::OnceCell;
 use crate::cri::{LOG_FOLDER, PodFile};
 use crate::disks::Disks;
 use crate::errors::{Error, Result};
+use crate::filter;
 use crate::network::{self, Network};
 use crate::sandbox::Sandbox;
 use crate::size::{Bounds, Size};
@@ -69,6 +70,9 @@ impl Machine {
             && let Ok(level) = config.log_level.parse()
         {
             log::set_max_level(level);
+        }
+        if !config.disk_io_uring {
+            filter::refuse_rings().context("refuse rings (disk.io_uring)").map_err(Error::Failed)?;
         }
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let record = PodRecord {

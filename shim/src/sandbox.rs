@@ -242,6 +242,7 @@ impl Boot<'_> {
             max_added_mib: bounds.max_added_mib(),
             files_mib: config.fs_window_mib,
             report_free_memory: config.report_free_memory,
+            disk_rings: config.disk_io_uring,
             kernel_args: config.kernel_args.clone(),
             console: files.console.is_some(),
         };

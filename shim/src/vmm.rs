@@ -180,6 +180,7 @@ impl Vmm {
                 Ok(Some((Event::AddedMemoryEnd { mib }, _))) => {
                     self.added.send_replace(mib);
                 }
+                Ok(Some((Event::NoRings { reason }, _))) => log::warn!("disks do without io_uring (disk.io_uring): {reason}"),
                 Ok(Some((Event::DiskRefused { place, reason }, _))) => log::error!("attach disk {place}: {reason}"),
                 Ok(Some((Event::DiskDetached { place }, _))) => {
                     self.detached.send_replace(Some(place));

@@ -7,7 +7,7 @@ use k8s_cri::v1::Device;
 use crate::Test;
 use crate::containerd::Containerd;
 use crate::cri::{Pod, SLEEP};
-use crate::ctr::{IMAGE, Pod as PodOfCtr, RUNTIME, id, run_pod, shell};
+use crate::ctr::{IMAGE, Pod as PodOfCtr, RUNTIME, host_pid, id, run_pod, shell};
 use crate::faults::Config;
 use crate::host::{Inventory, assert_nothing_left, eventually};
 
@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 pub const ALONE: &[Test] = &[
+    ("a_disk_has_a_ring_where_the_host_lets_it", a_disk_has_a_ring_where_the_host_lets_it),
     ("what_was_synced_is_on_the_disk_when_the_monitor_dies", what_was_synced_is_on_the_disk_when_the_monitor_dies),
     ("a_root_file_system_of_its_own_is_a_disk", a_root_file_system_of_its_own_is_a_disk),
 ];
@@ -88,6 +89,53 @@ fn a_disk_keeps_to_its_limit() {
     let begin = Instant::now();
     pod.output(&container, "dd if=/dev/xvda of=/dev/null bs=65536 count=64 iflag=direct");
     assert!(begin.elapsed() >= Duration::from_secs(3), "{:?}", begin.elapsed());
+}
+
+/// Whether the host's programs may have rings.
+struct Rings;
+
+impl Rings {
+    fn allow(yes: bool) -> Self {
+        set_rings(yes);
+        Self
+    }
+}
+
+fn set_rings(allowed: bool) {
+    std::fs::write("/proc/sys/kernel/io_uring_disabled", if allowed { "0" } else { "2" }).unwrap();
+}
+
+impl Drop for Rings {
+    fn drop(&mut self) {
+        set_rings(true);
+    }
+}
+
+fn a_disk_has_a_ring_where_the_host_lets_it() {
+    let disk = Loop::make();
+    let _settings = Config::set("[disk]\nio_uring = true\n");
+    // Many at a time, each of them with neighbours.
+    let script = "cd /tmp; for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=$i bs=64k count=16 2> /dev/null; done; \
+        for i in 1 2 3 4 5 6 7 8; do dd if=$i of=/dev/xvda bs=64k seek=$((i * 16 - 16)) conv=notrunc,fsync 2> /dev/null & done; wait; \
+        cat 1 2 3 4 5 6 7 8 | md5sum; dd if=/dev/xvda bs=64k count=128 iflag=direct 2> /dev/null | md5sum";
+    for allowed in [true, false] {
+        let _rings = Rings::allow(allowed);
+        let mut pod = Pod::start(|_| ());
+        let container = pod.run("writer", SLEEP, |config| config.devices = vec![disk.at("/dev/xvda", "rw")]);
+        let seen = pod.output(&container, script);
+        let (written, read) = seen.split_once('\n').unwrap();
+        assert_eq!(
+            (written, written),
+            (read, shell(&format!("dd if={} bs=64k count=128 iflag=direct 2> /dev/null | md5sum", disk.device)).as_str())
+        );
+        let used = shell(&format!("cat /proc/{}/fdinfo/* | grep -c -P '^SqTail:\\t[1-9]'; :", host_pid(&pod.id, "vmm")));
+        assert_eq!(used != "0", allowed, "{used} rings were used");
+        let warned = shell(&format!(
+            "grep {} /var/log/containerd.log | grep -c 'do without io_uring (disk.io_uring): Operation not permitted'; :",
+            pod.id
+        ));
+        assert_eq!(warned, if allowed { "0" } else { "1" });
+    }
 }
 
 fn raw_block_volumes_are_read_and_written_as_allowed() {

@@ -10,14 +10,15 @@ use crate::host::{Inventory, assert_nothing_left, eventually};
 pub const ALONE: &[Test] = &[
     ("layers_of_an_image_are_parts_of_a_disk", layers_of_an_image_are_parts_of_a_disk),
     ("what_is_written_above_layers_means_the_same_to_the_host", what_is_written_above_layers_means_the_same_to_the_host),
+    ("a_file_above_layers_outlives_one_of_its_names", a_file_above_layers_outlives_one_of_its_names),
     ("what_is_written_above_layers_belongs_to_the_pods_ids", what_is_written_above_layers_belongs_to_the_pods_ids),
     ("containers_of_a_pod_share_the_layers_of_their_image", containers_of_a_pod_share_the_layers_of_their_image),
 ];
 
 /// containerd makes a file system of each layer that it unpacks.
 const SETTINGS: &str = "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"erofs\", \"walking\"]\n";
-/// Also containers that are written to have layers as disks.
-const ALWAYS: &str = "[disk]\nlayers = \"always\"\n";
+/// Only containers that nobody writes to have layers as disks.
+const READ_ONLY: &str = "[disk]\nlayers = \"read-only\"\n";
 /// An image of three layers: the second takes a file away, hides what a folder held and writes over a file, the third
 /// brings one back.
 const LAYERED: &str = "layered";
@@ -67,7 +68,6 @@ fn on_the_host(containerd: &Containerd, container: &str, script: &str) -> String
     shell(&format!("mkdir -p /tmp/snapshot; {mounts}\ncd /tmp/snapshot; {script}; cd /; umount /tmp/snapshot; rmdir /tmp/snapshot"))
 }
 
-/// Of containers that nobody writes to, where nothing else was asked for.
 fn layers_of_an_image_are_parts_of_a_disk() {
     let containerd = start();
     let before = Inventory::take();
@@ -79,13 +79,13 @@ fn layers_of_an_image_are_parts_of_a_disk() {
     let seen = run(&containerd, &options, LAYERED, &id("parts"), script);
     let expected = "lowerdir=0:1:2\nvda vda1 vda2 vda3\n1\nlayers\nthree\nthree\nnew /bin/sh\n/tmp/deep\ntwo\nRead-only\n";
     assert_eq!((seen.code, seen.stdout.as_str()), (0, expected), "{seen:?}");
+    let _settings = Config::set(READ_ONLY);
     let seen = run(&containerd, &["--rm"], LAYERED, &id("written"), "grep -c ' / virtiofs' /proc/mounts; cat /tmp/two; touch /x");
     assert_eq!((seen.code, seen.stdout.as_str()), (0, "1\nthree\n"), "{seen:?}");
     assert_nothing_left(&before);
 }
 
 fn what_is_written_above_layers_means_the_same_to_the_host() {
-    let _settings = Config::set(ALWAYS);
     let containerd = start();
     let before = Inventory::take();
     let name = id("above");
@@ -114,8 +114,19 @@ fn what_is_written_above_layers_means_the_same_to_the_host() {
     assert_nothing_left(&before);
 }
 
+/// What a file is known by on the share is its first name, until the guest asks for it again.
+fn a_file_above_layers_outlives_one_of_its_names() {
+    let containerd = start();
+    let before = Inventory::take();
+    let script = "cd /tmp; echo kept > first; ln first second; ln /etc/new new; rm first /etc/new; sleep 3; \
+        cat second; mv second third; sleep 3; echo more >> third; cat third; ln third first; rm third; sleep 3; cat first; stat -c %h first new";
+    let seen = run(&containerd, &["--rm"], LAYERED, &id("names"), script);
+    assert_eq!((seen.code, seen.stdout.as_str()), (0, "kept\nkept\nmore\nkept\nmore\n1\n1\n"), "{seen:?}");
+    assert_nothing_left(&before);
+}
+
 fn what_is_written_above_layers_belongs_to_the_pods_ids() {
-    let _settings = Config::set(&format!("[fs]\nid_base = 700000\n{ALWAYS}"));
+    let _settings = Config::set("[fs]\nid_base = 700000\n");
     let containerd = start();
     let before = Inventory::take();
     let name = id("owned");
@@ -132,7 +143,6 @@ fn containers_of_a_pod_share_the_layers_of_their_image() {
     let handler = "\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.layers]\n  runtime_type = \"io.containerd.caisson.v2\"\n  \
                    snapshotter = \"erofs\"\n";
     shell("modprobe erofs; modprobe loop");
-    let _settings = Config::set(ALWAYS);
     let _containerd = CriContainerd::start_with("2", &format!("{handler}{SETTINGS}"));
     let start = || Pod::start_with(CriContainerd::SOCKET, "layers", |_| ()).unwrap();
     // containerd keeps what it has mounted for the first one.

@@ -221,7 +221,12 @@ impl Machine {
         let reach = window.as_ref().map(|window| give_window(&vm, &memory, window, layout)).transpose()?;
         let shared = window.as_ref().map(|window| (layout.window_start(), window));
         let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs), shared, &control).context("connect to the virtio-fs server")?;
-        let places = Places::default();
+        let mut places = Places::default();
+        if config.disk_rings
+            && let Err(error) = places.disks.iter_mut().try_for_each(|place| place.add_rings(config.max_vcpus))
+        {
+            control.send(&Event::NoRings { reason: error.to_string() }, &[], true).context("report that there are no rings")?;
+        }
         let mut transports = vec![
             MmioTransport::new(Box::new(vhost_fs), memory.clone())?,
             MmioTransport::new(Box::new(vsock::Vsock::new(commands.clone())), memory.clone())?,

@@ -233,7 +233,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "disk.layers",
-        "which containers have the layers of their image as disks, where the snapshotter made file systems of them: those with a read-only root, or all",
+        "which containers have the layers of their image as disks, where the snapshotter made file systems of them: none, those with a read-only root, or all",
         "\"never\", \"read-only\" or \"always\"",
         |c, v| c.disk_layers = match v {
             Value::Text(t) if t == "never" => DiskLayers::Never,
@@ -246,6 +246,13 @@ pub const KEYS: &[Key] = &[
             DiskLayers::ReadOnly => "read-only",
             DiskLayers::Always => "always",
         })
+    ),
+    key!(
+        "disk.io_uring",
+        "whether requests of a disk go to the host's kernel many at a time, where it has io_uring; else a queue has one under way",
+        "true or false",
+        |c, v| c.disk_io_uring = boolean(&v)?,
+        |c| c.disk_io_uring.to_string()
     ),
     key!(
         "disk.max_mib",

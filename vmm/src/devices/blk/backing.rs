@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::VolatileSlice;
 
 use super::request::total;
+use super::ring::Ring;
 use crate::devices::lock;
 use crate::devices::rate::Limiter;
 
@@ -139,6 +140,37 @@ impl Backing {
         self.parts.iter().try_for_each(|part| part.file.sync_data())
     }
 
+    /// Has a ring read as [`Backing::read`] does, when it is of one part; returns what the ring reads until that has ended.
+    pub fn start_read(&self, sector: u64, room: &[VolatileSlice<'_>], ring: &mut Ring, key: u64) -> Option<Vec<libc::iovec>> {
+        let (file, at) = self.within_part(sector, room)?;
+        let vectors = vectors(room);
+        // SAFETY: as in `transfer`; who calls keeps the vectors.
+        unsafe { ring.read(file, &vectors, at, key) }.then_some(vectors)
+    }
+
+    /// Has a ring write as [`Backing::write`] does; as above.
+    pub fn start_write(&self, sector: u64, sent: &[VolatileSlice<'_>], ring: &mut Ring, key: u64) -> Option<Vec<libc::iovec>> {
+        self.check_writable().ok()?;
+        let (file, at) = self.within_part(sector, sent)?;
+        let vectors = vectors(sent);
+        // SAFETY: as above.
+        unsafe { ring.write(file, &vectors, at, key) }.then_some(vectors)
+    }
+
+    /// Has a ring do what [`Backing::flush`] does; as above.
+    pub fn start_flush(&self, ring: &mut Ring, key: u64) -> Option<Vec<libc::iovec>> {
+        let [part] = self.parts.as_slice() else { return None };
+        ring.sync(part.file.as_fd(), key).then(Vec::new)
+    }
+
+    /// The file in which all that these hold lies from a sector on, and where.
+    fn within_part(&self, sector: u64, buffers: &[VolatileSlice<'_>]) -> Option<(BorrowedFd<'_>, u64)> {
+        let bytes = total(buffers) as u64;
+        let offset = self.place_of(sector, bytes).ok().filter(|_| bytes > 0)?;
+        let part = self.parts.iter().find(|part| offset < part.end)?;
+        (bytes <= part.end - offset).then(|| (part.file.as_fd(), offset - part.start))
+    }
+
     /// Gives so many sectors back to the host.
     ///
     /// # Errors
@@ -189,12 +221,7 @@ impl Backing {
 
     /// Reads or writes all that the buffers hold, from a byte of the disk on.
     fn transfer(&self, mut offset: u64, buffers: &[VolatileSlice<'_>], call: Call) -> io::Result<()> {
-        let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
-        let mut vectors: Vec<libc::iovec> = guards
-            .iter()
-            .filter(|guard| guard.len() > 0)
-            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-            .collect();
+        let mut vectors = vectors(buffers);
         let mut done = 0;
         while done < vectors.len() {
             let part = self.parts.iter().find(|part| offset < part.end).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -204,7 +231,7 @@ impl Backing {
             let wanted = piece.as_deref().unwrap_or(rest);
             let at = (offset - part.start).cast_signed();
             // SAFETY: each vector is a part of guest memory, which is mapped to the process's end and which
-            // only raw accesses like this one go to; the guards keep it.
+            // only raw accesses like this one go to.
             let count = unsafe { call(part.file.as_raw_fd(), wanted.as_ptr(), wanted.len() as libc::c_int, at) };
             let mut count = match usize::try_from(count) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -225,6 +252,13 @@ impl Backing {
         }
         Ok(())
     }
+}
+
+/// Where buffers lie that hold something.
+fn vectors(buffers: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
+    // Guest memory needs no guard: it is mapped as a whole.
+    let all = buffers.iter().filter(|buffer| !buffer.is_empty());
+    all.map(|buffer| libc::iovec { iov_base: buffer.ptr_guard_mut().as_ptr().cast(), iov_len: buffer.len() }).collect()
 }
 
 /// preadv(2) or pwritev(2).

@@ -9,19 +9,22 @@
 //!   ^---------- any <---------'   `-> attached (the driver has reset it)
 //! ```
 //!
-//! Each queue has a thread of its own, which reads and writes guest memory directly: as many
-//! requests are under way as there are queues. Why no `io_uring`: docs/decisions/010.
+//! Each queue has a thread of its own, which reads and writes guest memory directly. By itself it has one request under
+//! way; with a ring (`ring`) many. Why not always: docs/decisions/010.
 #![expect(unsafe_code, reason = "a descriptor is borrowed from a type that does not lend it")]
 
 pub mod backing;
 pub mod request;
+mod ring;
+mod under_way;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{Disk, Stopped};
@@ -29,7 +32,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::backing::{Backing, SECTOR};
-use self::request::{MAX_RANGE, answer};
+use self::request::{MAX_RANGE, Request};
+use self::ring::Ring;
+use self::under_way::UnderWay;
 use super::mmio::QUEUE_FEATURES;
 use super::queue::ActiveQueue;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
@@ -38,6 +43,8 @@ use crate::machine::stop;
 use crate::memory::GuestMemory;
 
 const DEVICE_ID: u32 = 2;
+/// When the kernel is asked again to take requests that it did not take.
+const RETRY: Duration = Duration::from_millis(10);
 const QUEUE_SIZE: u16 = 256;
 /// The most queues of a disk; a machine with fewer vCPUs has as many.
 const MAX_QUEUES: u32 = 4;
@@ -54,7 +61,11 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 /// A place for a disk, shared by the device's front and the thread that attaches.
 #[derive(Clone, Default)]
-pub struct Place(Arc<Mutex<Option<Attached>>>);
+pub struct Place {
+    attached: Arc<Mutex<Option<Attached>>>,
+    /// One for each queue, or none at all. The disk that is in the place uses them.
+    rings: Vec<Arc<Mutex<Ring>>>,
+}
 
 /// The disk in a place.
 struct Attached {
@@ -82,17 +93,28 @@ struct Service {
 }
 
 impl Place {
+    /// Gives disks in this place a ring for each queue of a machine with at most so many vCPUs.
+    ///
+    /// # Errors
+    /// When the host has none.
+    pub fn add_rings(&mut self, max_vcpus: u32) -> io::Result<()> {
+        self.rings = (0..queue_count(max_vcpus)).map(|_| Ring::new().map(Mutex::new).map(Arc::new)).collect::<io::Result<_>>()?;
+        Ok(())
+    }
+
     /// Makes a disk appear, with a thread for each queue.
     ///
     /// # Errors
     /// When one is there already, or a thread cannot be started.
     pub fn attach(&self, disk: Disk, files: Vec<File>, queues: usize, control: &Arc<Control>) -> io::Result<()> {
-        let mut place = lock(&self.0);
+        let mut place = lock(&self.attached);
         if place.is_some() {
             return Err(io::Error::other("its place is taken"));
         }
         let backing = Arc::new(Backing::new(&disk, files, Arc::clone(control)));
-        let workers = (0..queues).map(|queue| Worker::start(&backing, disk.place, queue, control)).collect::<io::Result<_>>()?;
+        let workers = (0..queues)
+            .map(|queue| Worker::start(&backing, disk.place, queue, self.rings.get(queue), control))
+            .collect::<io::Result<_>>()?;
         *place = Some(Attached { disk, backing, workers, service: None });
         Ok(())
     }
@@ -100,7 +122,7 @@ impl Place {
     /// Takes the disk away, whatever its driver thinks of that; once no request is under way any more it
     /// is closed, and the shim hears of it.
     pub fn detach(&self) {
-        let taken = lock(&self.0).take();
+        let taken = lock(&self.attached).take();
         if let Some(mut attached) = taken {
             attached.stop();
             // A worker closes it: that may take as long as writing out what the host has cached of it.
@@ -110,7 +132,7 @@ impl Place {
 
     /// Tells the driver that the disk has another size, in bytes.
     pub fn resize(&self, bytes: u64) {
-        if let Some(attached) = &*lock(&self.0) {
+        if let Some(attached) = &*lock(&self.attached) {
             attached.backing.resize(bytes);
             attached.service.iter().for_each(|service| service.interrupt.config());
         }
@@ -131,20 +153,33 @@ impl Attached {
 }
 
 impl Worker {
-    fn start(backing: &Arc<Backing>, place: u32, queue: usize, control: &Arc<Control>) -> io::Result<Self> {
+    fn start(
+        backing: &Arc<Backing>,
+        place: u32,
+        queue: usize,
+        ring: Option<&Arc<Mutex<Ring>>>,
+        control: &Arc<Control>,
+    ) -> io::Result<Self> {
         let (work, queues) = channel::<QueueServer>();
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let (woken, backing, control) = (Arc::clone(&wake), Arc::clone(backing), Arc::clone(control));
+        let (woken, backing, ring, control) = (Arc::clone(&wake), Arc::clone(backing), ring.cloned(), Arc::clone(control));
         std::thread::Builder::new().name(format!("disk{place}.{queue}")).spawn(move || {
             if let Err(error) = filters::disk() {
                 stop(&control, Stopped::Failed(format!("{:#}", anyhow::Error::from(error))));
             }
+            // Whoever served the place before has let go of it: the place was free.
+            let mut ring = ring.as_deref().map(lock);
             while let Ok(mut server) = queues.recv() {
-                server.serve(&backing, &woken);
+                server.serve(&backing, &woken, ring.as_deref_mut());
             }
         })?;
         Ok(Self { work, wake })
     }
+}
+
+/// How many queues a disk has.
+fn queue_count(max_vcpus: u32) -> u32 {
+    max_vcpus.clamp(1, MAX_QUEUES)
 }
 
 /// The device's front; each queue is served by a thread.
@@ -156,13 +191,13 @@ pub struct Blk {
 impl Blk {
     /// The device of a place, for a machine with at most so many vCPUs.
     pub fn new(place: Place, max_vcpus: u32) -> Self {
-        Self { queue_sizes: vec![QUEUE_SIZE; max_vcpus.clamp(1, MAX_QUEUES) as usize], place }
+        Self { queue_sizes: vec![QUEUE_SIZE; queue_count(max_vcpus) as usize], place }
     }
 }
 
 impl VirtioDevice for Blk {
     fn id(&self) -> u32 {
-        if lock(&self.place.0).is_some() { DEVICE_ID } else { 0 }
+        if lock(&self.place.attached).is_some() { DEVICE_ID } else { 0 }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -170,14 +205,14 @@ impl VirtioDevice for Blk {
     }
 
     fn features(&self) -> u64 {
-        let read_only = lock(&self.place.0).as_ref().is_some_and(|attached| attached.disk.read_only);
+        let read_only = lock(&self.place.attached).as_ref().is_some_and(|attached| attached.disk.read_only);
         let kind = if read_only { 1 << F_RO } else { 1 << F_DISCARD | 1 << F_WRITE_ZEROES };
         QUEUE_FEATURES | 1 << F_SEG_MAX | 1 << F_BLK_SIZE | 1 << F_FLUSH | 1 << F_MQ | kind
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 60];
-        if let Some(attached) = &*lock(&self.place.0) {
+        if let Some(attached) = &*lock(&self.place.attached) {
             let mut set = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
             // `struct virtio_blk_config` (5.2.4).
             set(0, &attached.backing.sectors().to_le_bytes());
@@ -197,12 +232,12 @@ impl VirtioDevice for Blk {
     }
 
     fn config_generation(&self) -> u32 {
-        lock(&self.place.0).as_ref().map_or(0, |attached| attached.backing.generation())
+        lock(&self.place.attached).as_ref().map_or(0, |attached| attached.backing.generation())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |reason: &str| ActivateError { device: "block", source: io::Error::other(reason) };
-        let mut place = lock(&self.place.0);
+        let mut place = lock(&self.place.attached);
         let attached = place.as_mut().ok_or_else(|| failed("there is no disk"))?;
         let Activation { queues, memory, reach, interrupt, .. } = activation;
         let stopping = Arc::new(AtomicBool::new(false));
@@ -220,7 +255,7 @@ impl VirtioDevice for Blk {
     }
 
     fn reset(&mut self) -> bool {
-        let done = lock(&self.place.0).as_mut().map(Attached::stop).unwrap_or_default();
+        let done = lock(&self.place.attached).as_mut().map(Attached::stop).unwrap_or_default();
         // The driver may use its memory for something else when the reset is over (2.4.2). It waits for
         // requests that are under way, as it would for a disk, and nobody else does.
         done.into_iter().for_each(|done| {
@@ -243,41 +278,67 @@ struct QueueServer {
 }
 
 impl QueueServer {
-    /// Answers requests until the queue is to be let go, of which `woken` tells.
-    fn serve(&mut self, backing: &Backing, woken: &EventFd) {
-        while !self.stopping.load(Ordering::Acquire) {
-            if let Some(wait) = backing.wait() {
-                // Rounded up, so that the time has come when the wait is over; of a new request it is not cut short.
-                await_ready(&[woken], PollTimeout::try_from(wait.as_millis() + 1).unwrap_or(PollTimeout::MAX));
-                let _ = woken.read();
-                continue;
+    /// Answers requests until the queue is to be let go, of which `woken` tells, and none is under way.
+    fn serve(&mut self, backing: &Backing, woken: &EventFd, ring: Option<&mut Ring>) {
+        let (memory, reach) = (self.memory.clone(), self.reach.clone());
+        let mut under_way = UnderWay::new(ring);
+        loop {
+            while let Some((head, written)) = under_way.next_ended(backing) {
+                self.give_back(head, written);
             }
-            if let Some(chain) = self.queue.next(&self.memory) {
+            let stopping = self.stopping.load(Ordering::Acquire);
+            if stopping && under_way.is_empty() {
+                return;
+            }
+            let wait = backing.wait();
+            let takes_more = !stopping && wait.is_none() && under_way.has_room();
+            if takes_more && let Some(chain) = self.queue.next(&memory) {
                 let head = chain.head_index();
-                let written = answer(backing, &self.memory, self.reach.as_ref(), chain);
-                self.queue.give_back(&self.memory, head, written);
-                self.queue.signal(&self.memory, &self.interrupt);
+                let started =
+                    Request::read(&memory, reach.as_ref(), chain).map_or(Some(0), |request| under_way.start(backing, head, request));
+                if let Some(written) = started {
+                    self.give_back(head, written);
+                }
                 continue;
             }
-            await_ready(&[self.queue.kick(), woken], PollTimeout::NONE);
-            self.queue.clear_kick();
+            let submitted = under_way.submit();
+            // Much of it is answered at once.
+            if let Ok(true) = submitted {
+                continue;
+            }
+            let kick = takes_more.then(|| self.queue.kick().as_raw_fd());
+            // Rounded up, so that the time has come when the wait is over.
+            let wait = wait.filter(|_| !stopping).map(|wait| wait + Duration::from_millis(1));
+            let wait = if submitted.is_err() { Some(RETRY) } else { wait };
+            await_ready(
+                [Some(woken.as_raw_fd()), kick, under_way.ended()],
+                wait.map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)),
+            );
+            if takes_more {
+                self.queue.clear_kick();
+            }
             // Of an earlier driver, perhaps.
             let _ = woken.read();
         }
     }
+
+    fn give_back(&mut self, head: u16, written: u32) {
+        self.queue.give_back(&self.memory, head, written);
+        self.queue.signal(&self.memory, &self.interrupt);
+    }
 }
 
 /// Waits until one of these is readable, or for so long, or until a signal comes: who calls looks again.
-fn await_ready(events: &[&EventFd], timeout: PollTimeout) {
+fn await_ready(events: [Option<RawFd>; 3], timeout: PollTimeout) {
     // SAFETY: they outlive the call.
-    let borrow = |event: &&EventFd| unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let mut ready: Vec<PollFd<'_>> = events.iter().map(|event| PollFd::new(borrow(event), PollFlags::POLLIN)).collect();
+    let borrow = |event: RawFd| unsafe { BorrowedFd::borrow_raw(event) };
+    let mut ready: Vec<PollFd<'_>> = events.into_iter().flatten().map(|event| PollFd::new(borrow(event), PollFlags::POLLIN)).collect();
     let _ = poll(&mut ready, timeout);
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use caisson_protocol::vmm::{Event, RateLimit};
     use vm_memory::{Bytes, GuestAddress};
@@ -294,7 +355,7 @@ mod tests {
         let mut device = Blk::new(place.clone(), 1);
         let limit = RateLimit { operations: 1, ..RateLimit::default() };
         place.attach(Disk { limit, ..disk(false) }, vec![file()], 1, &control).unwrap();
-        let backing = Arc::clone(&lock(&place.0).as_ref().unwrap().backing);
+        let backing = Arc::clone(&lock(&place.attached).as_ref().unwrap().backing);
         let queue = queue(&memory, &[(HEADER_AT, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
         queue.kick().write(1).unwrap();
         let interrupt = Arc::new(Interrupt::new().unwrap());
@@ -312,11 +373,18 @@ mod tests {
 
     #[test]
     fn a_disk_serves_one_driver_after_another_until_it_is_taken_away() {
+        let mut with_rings = Place::default();
+        with_rings.add_rings(1).unwrap();
+        for place in [Place::default(), with_rings] {
+            serves_one_driver_after_another(&place);
+        }
+    }
+
+    fn serves_one_driver_after_another(place: &Place) {
         let (shim, control) = Control::pair().unwrap();
         let control = Arc::new(control);
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let interrupt = Arc::new(Interrupt::new().unwrap());
-        let place = Place::default();
         let mut device = Blk::new(place.clone(), 1);
         assert_eq!(device.id(), 0);
         place.attach(disk(false), vec![file()], 1, &control).unwrap();

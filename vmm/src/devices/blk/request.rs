@@ -6,6 +6,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemory as _, VolatileSlice};
 
 use super::backing::{Backing, ID_BYTES};
+use super::ring::Ring;
 use crate::devices::queue::Chain;
 use crate::memory::GuestMemory;
 
@@ -32,20 +33,11 @@ const MAX_BUFFERS: usize = 1024;
 /// Does what a request asks for; returns how many bytes of its chain were written. What is read or written may lie
 /// anywhere in `reach`, all else is in memory.
 pub fn answer(backing: &Backing, memory: &GuestMemory, reach: Option<&GuestMemory>, chain: Chain<'_>) -> u32 {
-    // A chain that has no place for the outcome cannot be answered.
-    let Some(mut request) = Request::read(memory, reach, chain) else { return 0 };
-    backing.pay(total(&request.sent) + total(&request.room));
-    let (outcome, written) = match request.serve(backing) {
-        Ok(written) => (OK, written),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)) => (UNSUPPORTED, 0),
-        Err(_) => (IOERR, 0),
-    };
-    request.status.copy_from(&[outcome]);
-    u32::try_from(written).unwrap_or(u32::MAX - 1) + 1
+    Request::read(memory, reach, chain).map_or(0, |mut request| request.answer(backing))
 }
 
 /// A request's parts, in guest memory but for the header, which is our copy.
-struct Request<'m> {
+pub struct Request<'m> {
     kind: u32,
     sector: u64,
     /// What the driver sends, without the header.
@@ -56,7 +48,8 @@ struct Request<'m> {
 }
 
 impl<'m> Request<'m> {
-    fn read(memory: &'m GuestMemory, reach: Option<&'m GuestMemory>, chain: Chain<'m>) -> Option<Self> {
+    /// Takes a chain apart. One that has no place for the outcome cannot be answered.
+    pub fn read(memory: &'m GuestMemory, reach: Option<&'m GuestMemory>, chain: Chain<'m>) -> Option<Self> {
         // Our copy: the guest may change its own.
         let buffers: Vec<Descriptor> = chain.filter(|buffer| buffer.len() > 0).take(2 * MAX_BUFFERS + 1).collect();
         let is_ours = |buffer: &Descriptor| memory.check_range(buffer.addr(), buffer.len() as usize);
@@ -99,6 +92,43 @@ impl<'m> Request<'m> {
         let sector = u64::from_le_bytes(header[8..].try_into().ok()?);
         // Others are done without the kernel's help.
         (reach.is_none() || matches!(kind, IN | OUT)).then_some(Self { kind, sector, sent, room, status })
+    }
+
+    /// Bytes that it moves.
+    pub fn bytes(&self) -> usize {
+        total(&self.sent) + total(&self.room)
+    }
+
+    /// Does what it asks for; returns how many bytes of its chain were written.
+    pub fn answer(&mut self, backing: &Backing) -> u32 {
+        let outcome = self.serve(backing);
+        self.tell(outcome)
+    }
+
+    /// Hands it to a ring, where that can do it; returns what the ring reads until it has ended. Then it is to be
+    /// [finished](Self::finish), or, where the kernel did not do all of it, to be [answered](Self::answer).
+    pub fn start(&self, backing: &Backing, ring: &mut Ring, key: u64) -> Option<Vec<libc::iovec>> {
+        match self.kind {
+            IN => backing.start_read(self.sector, &self.room, ring, key),
+            OUT => backing.start_write(self.sector, &self.sent, ring, key),
+            FLUSH => backing.start_flush(ring, key),
+            _ => None,
+        }
+    }
+
+    /// Says that a ring has done it; returns how many bytes of its chain were written.
+    pub fn finish(&mut self) -> u32 {
+        self.tell(Ok(if self.kind == IN { total(&self.room) } else { 0 }))
+    }
+
+    fn tell(&mut self, outcome: io::Result<usize>) -> u32 {
+        let (outcome, written) = match outcome {
+            Ok(written) => (OK, written),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)) => (UNSUPPORTED, 0),
+            Err(_) => (IOERR, 0),
+        };
+        self.status.copy_from(&[outcome]);
+        u32::try_from(written).unwrap_or(u32::MAX - 1) + 1
     }
 
     /// Returns the bytes written into the driver's room.
@@ -162,6 +192,7 @@ pub(crate) mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::super::backing::SECTOR;
+    use super::super::under_way::UnderWay;
     use super::*;
     use crate::devices::files::FileWindow;
     use crate::devices::queue::ActiveQueue;
@@ -226,6 +257,24 @@ pub(crate) mod tests {
             let chain = self.queue.next(&self.memory).unwrap();
             let written = answer(&self.backing, &self.memory, None, chain);
             (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), written)
+        }
+
+        /// The same, by way of a ring.
+        fn serve_by(&mut self, ring: &mut Ring) -> (u8, u32) {
+            let chain = self.queue.next(&self.memory).unwrap();
+            let head = chain.head_index();
+            let mut under_way = UnderWay::new(Some(ring));
+            let request = Request::read(&self.memory, None, chain);
+            let mut written = request.map_or(Some(0), |request| under_way.start(&self.backing, head, request));
+            while written.is_none() {
+                under_way.submit().unwrap();
+                written = under_way.next_ended(&self.backing).map(|(ended, written)| {
+                    assert_eq!(ended, head);
+                    written
+                });
+            }
+            assert!(under_way.is_empty());
+            (self.memory.read_obj(GuestAddress(STATUS)).unwrap(), written.unwrap())
         }
 
         fn content(&mut self, sector: u64) -> [u8; SECTOR as usize] {
@@ -359,6 +408,49 @@ pub(crate) mod tests {
         assert_eq!(&id, b"volume\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
         assert_eq!(Driver::request(false, FLUSH, 0, 0, 0).serve(), (OK, 1));
         assert_eq!(Driver::request(false, 99, 0, 0, 0).serve(), (UNSUPPORTED, 1));
+    }
+
+    #[test]
+    fn a_ring_does_what_is_done_without_one() {
+        let mut ring = Ring::new().unwrap();
+        let part = |bytes: usize| {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&(0..bytes).map(|index| (index / 512) as u8).collect::<Vec<u8>>()).unwrap();
+            file
+        };
+        // The last part is shorter than the disk says, so that there are requests of which the kernel can do some.
+        let several = Disk { parts: vec![2048, 4096], ..disk(true) };
+        for (disk, kind, sector, length, flag) in [
+            (disk(false), IN, 1, 4096, WRITE),
+            (disk(false), IN, 0, 1024, 0),
+            (disk(false), OUT, 7, 8192, 0),
+            (disk(true), OUT, 7, 512, 0),
+            (disk(false), FLUSH, 0, 0, 0),
+            (disk(false), GET_ID, 0, 20, WRITE),
+            (disk(false), DISCARD, 0, 16, 0),
+            (disk(false), 99, 0, 0, 0),
+            (disk(false), IN, DISK_BYTES / SECTOR, 512, WRITE),
+            (several.clone(), IN, 1, 1024, WRITE),
+            (several.clone(), IN, 5, 1024, WRITE),
+            (several.clone(), IN, 3, 1024, WRITE),
+            (several.clone(), FLUSH, 0, 0, 0),
+            (several, IN, 7, 4096, WRITE),
+        ] {
+            let buffers = [(HEADER_AT, 16, 0), (DATA, length, flag), (STATUS, 1, WRITE)];
+            let mut seen = [false, true].map(|by_ring| {
+                let files: Vec<File> = if disk.parts.len() > 1 { vec![part(2048), part(2048)] } else { vec![part(DISK_BYTES as usize)] };
+                let file = files[0].try_clone().unwrap();
+                let mut driver = Driver::with(&disk, files, file, &buffers);
+                driver.ask(kind, sector);
+                driver.memory.write_slice(&[1, 0, 0, 0, 0, 0, 0, 0, 1], GuestAddress(DATA)).unwrap();
+                let answer = if by_ring { driver.serve_by(&mut ring) } else { driver.serve() };
+                let mut data = vec![0; 8192];
+                driver.memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
+                let content: Vec<_> = (0..4).chain(7..23).map(|sector| driver.content(sector.min(disk.parts[0] / SECTOR - 1))).collect();
+                Some((answer, data, content))
+            });
+            assert!(seen[0].take() == seen[1].take(), "{kind} {sector} {length} {disk:?}");
+        }
     }
 
     proptest! {
