@@ -4,14 +4,16 @@
 
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex};
 
 use caisson_fuzz::Input;
 use caisson_fuzz::driver::{DATA, Rings, memory, scribble};
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{Disk, RateLimit};
 use caisson_vmm::devices::blk::backing::Backing;
-use caisson_vmm::devices::blk::request::answer;
+use caisson_vmm::devices::blk::request::Request;
+use caisson_vmm::devices::blk::ring::Ring;
+use caisson_vmm::devices::blk::under_way::UnderWay;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -19,13 +21,18 @@ const DISK_BYTES: u64 = 64 << 10;
 /// What lies behind the disk in its file, and must stay as it is.
 const BEHIND: [u8; 4096] = [0xa5; 4096];
 
+/// Kernels take their time to make one and to let it go.
+static RING: LazyLock<Mutex<Ring>> = LazyLock::new(|| Mutex::new(Ring::new().expect("a ring")));
+
 fuzz_target!(|data: &[u8]| {
     let (memory, mut rings, mut input) = (memory(), Rings::new(0), Input(data));
     let mut queue = rings.queue(&memory);
     let fd = nix::sys::memfd::memfd_create(c"disk", nix::sys::memfd::MFdFlags::empty()).expect("a memory file");
     let mut file = std::fs::File::from(fd);
     file.write_all(&[1; DISK_BYTES as usize]).and_then(|()| file.write_all(&BEHIND)).expect("a memory file is written");
-    let read_only = input.u8() & 1 != 0;
+    let how = input.u8();
+    let read_only = how & 1 != 0;
+    let mut ring = (how & 2 != 0).then(|| RING.lock().expect("nobody else"));
     // What cannot be written may be in several files.
     let parts = if read_only { vec![DISK_BYTES / 4, DISK_BYTES / 2, DISK_BYTES / 4] } else { vec![DISK_BYTES] };
     let files = parts.iter().map(|_| file.try_clone().expect("a descriptor")).collect();
@@ -46,10 +53,24 @@ fuzz_target!(|data: &[u8]| {
                 rings.offer(&memory, &[(DATA, 16, false), (DATA + 0x100, length, written), (DATA + 0x80, 1, true)]);
             }
             _ => {
-                while let Some(chain) = queue.next(&memory) {
+                let mut under_way = UnderWay::new(ring.as_deref_mut());
+                loop {
+                    let chain = if under_way.has_room() { queue.next(&memory) } else { None };
+                    let Some(chain) = chain else {
+                        if under_way.is_empty() {
+                            break;
+                        }
+                        under_way.submit().expect("the kernel takes requests");
+                        while let Some((head, written)) = under_way.next_ended(&backing) {
+                            queue.give_back(&memory, head, written);
+                        }
+                        continue;
+                    };
                     let head = chain.head_index();
-                    let written = answer(&backing, &memory, None, chain);
-                    queue.give_back(&memory, head, written);
+                    let request = Request::read(&memory, None, chain);
+                    if let Some(written) = request.map_or(Some(0), |request| under_way.start(&backing, head, request)) {
+                        queue.give_back(&memory, head, written);
+                    }
                 }
             }
         }

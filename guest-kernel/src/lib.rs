@@ -123,7 +123,7 @@ pub fn build(source: &Path, work: &Path, out: &Path) -> Result<()> {
         std::fs::write(&file, patch)?;
         let subject = patch.lines().next().unwrap_or_default();
         let mut apply = Command::new("patch");
-        apply.args(["--strip=1", "--batch", "--forward", "--directory"]).arg(work).arg("--input").arg(file);
+        apply.args(["--strip=1", "--fuzz=0", "--batch", "--forward", "--directory"]).arg(work).arg("--input").arg(file);
         run(&mut apply, &format!("change the kernel source ({subject})"))?;
     }
     let fragment: String = options.iter().flatten().map(|setting| format!("{}={}\n", setting.name, setting.value)).collect();

@@ -16,7 +16,9 @@ use caisson_host::records::{self, UIDS};
 use caisson_protocol::record::{PodRecord, ProcessRecord};
 use nix::mount::{MntFlags, umount2};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 use crate::mounts;
 use crate::snapshot::Left;
@@ -179,11 +181,7 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
             note(crate::network::undo(network));
         }
         if let Some(uid) = record.uid {
-            let path = run_dir.join(UIDS).join(uid.to_string());
-            // Only when it is ours: a killed shim may have recorded an id that it never got.
-            if std::fs::read_to_string(&path).is_ok_and(|owner| owner == dir.to_string_lossy()) {
-                note(unless_gone(std::fs::remove_file(&path)).with_context(|| format!("release user id {uid}")));
-            }
+            note(release_uid(&run_dir.join(UIDS), uid, &dir).with_context(|| format!("release user id {uid}")));
             // It goes with the last of them.
             let _ = std::fs::remove_dir(run_dir.join(UIDS));
         }
@@ -199,6 +197,16 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
     outcome
 }
 
+/// Releases a user id when it is the pod's of this folder: a killed shim may have recorded an id that it never got.
+fn release_uid(uids: &Path, uid: u32, dir: &Path) -> std::io::Result<()> {
+    let path = uids.join(uid.to_string());
+    let Ok(folder) = std::fs::File::open(uids) else { return Ok(()) };
+    // Else it may be released by another one, and taken by another pod, between the look and the removal.
+    flock(&folder, FlockOperation::LockExclusive)?;
+    let ours = std::fs::read_to_string(&path).is_ok_and(|owner| owner == dir.to_string_lossy());
+    if ours { unless_gone(std::fs::remove_file(&path)) } else { Ok(()) }
+}
+
 /// How long killed processes are waited for.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -207,15 +215,25 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 fn kill<'a>(processes: impl Iterator<Item = &'a ProcessRecord>) {
     let killed: Vec<OwnedFd> = processes
         .filter_map(|process| {
-            let handle = pidfd_open(Pid::from_raw(process.pid.cast_signed())?, PidfdFlags::empty()).ok()?;
+            let pid = Pid::from_raw(process.pid.cast_signed())?;
+            let handle = pidfd_open(pid, PidfdFlags::empty());
             // It may end by itself meanwhile.
-            (records::is_alive(process) && pidfd_send_signal(&handle, Signal::KILL).is_ok()).then_some(handle)
+            if !records::is_alive(process) {
+                return None;
+            }
+            // Linux has no handles of processes before 5.3.
+            let killed = handle.as_ref().map_or_else(|_| kill_process(pid, Signal::KILL), |handle| pidfd_send_signal(handle, Signal::KILL));
+            handle.ok().filter(|_| killed.is_ok())
         })
         .collect();
     let start = Instant::now();
     for handle in killed {
-        let left = Timespec::try_from(DEATH_TIMEOUT.saturating_sub(start.elapsed())).ok();
-        let _ = poll(&mut [PollFd::new(&handle, PollFlags::IN)], left.as_ref());
+        let wait = || {
+            let left = Timespec::try_from(DEATH_TIMEOUT.saturating_sub(start.elapsed())).ok();
+            poll(&mut [PollFd::new(&handle, PollFlags::IN)], left.as_ref())
+        };
+        // The end of a child comes with a signal.
+        while wait() == Err(Errno::INTR) {}
     }
 }
 
@@ -291,6 +309,8 @@ fn unless_gone(removed: std::io::Result<()>) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
 
     fn record(pod: &str) -> PodRecord {
@@ -315,6 +335,8 @@ mod tests {
             let run = tempfile::tempdir().unwrap();
             let store = Store::create(run.path(), record("web")).unwrap();
             store.reserve_uid(5000, 10).unwrap();
+            let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+            store.add_process("vmm", process.id()).unwrap();
             for container in ["a", "b", "c", "d"] {
                 std::fs::create_dir_all(store.share().join(container).join("rootfs")).unwrap();
                 std::fs::write(store.share().join(container).join("file"), "").unwrap();
@@ -324,6 +346,8 @@ mod tests {
                 let all = [scope.spawn(undo), scope.spawn(undo), scope.spawn(undo)];
                 all.into_iter().for_each(|undone| undone.join().unwrap().unwrap());
             });
+            // Each has waited for its end.
+            assert_eq!(process.try_wait().unwrap().and_then(|ended| ended.signal()), Some(libc::SIGKILL));
             assert_eq!(std::fs::read_dir(run.path()).unwrap().count(), 0);
         }
     }

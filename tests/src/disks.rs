@@ -92,22 +92,21 @@ fn a_disk_keeps_to_its_limit() {
 }
 
 /// Whether the host's programs may have rings.
-struct Rings;
+struct Rings(String);
 
 impl Rings {
-    fn allow(yes: bool) -> Self {
-        set_rings(yes);
-        Self
-    }
-}
+    const SETTING: &str = "/proc/sys/kernel/io_uring_disabled";
 
-fn set_rings(allowed: bool) {
-    std::fs::write("/proc/sys/kernel/io_uring_disabled", if allowed { "0" } else { "2" }).unwrap();
+    fn allow(yes: bool) -> Self {
+        let before = std::fs::read_to_string(Self::SETTING).unwrap();
+        std::fs::write(Self::SETTING, if yes { "0" } else { "2" }).unwrap();
+        Self(before)
+    }
 }
 
 impl Drop for Rings {
     fn drop(&mut self) {
-        set_rings(true);
+        let _ = std::fs::write(Self::SETTING, &self.0);
     }
 }
 

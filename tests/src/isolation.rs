@@ -96,6 +96,7 @@ const SELDOM: &[(&str, &[i64], &str)] = &[
     ("any", &[46, 1], "sendmsg, write: the last word to the shim, and a panic's"),
     ("any", &[14, 131], "rt_sigprocmask, sigaltstack: the end of a thread"),
     ("disk", &[72], "fcntl: by which a build for debugging checks what it closes"),
+    ("disk", &[221], "fadvise64: while several requests to read wait in a queue"),
     ("disk", &[426], "io_uring_enter: where disks have rings (disk.io_uring)"),
     ("control", &[273, 334], "set_robust_list, rseq: a new thread's first, when nobody knows yet which it is"),
     ("vcpu", &[8], "lseek: how long a file is now that a guest reads where it was mapped, which KVM tells since Linux 6.13"),

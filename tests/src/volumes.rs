@@ -15,6 +15,7 @@ pub const TESTS: &[Test] = &[
     ("the_file_server_can_write_no_more_than_the_container", the_file_server_can_write_no_more_than_the_container),
     ("what_is_mounted_in_a_read_only_volume_has_its_own_rights", what_is_mounted_in_a_read_only_volume_has_its_own_rights),
     ("a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods", a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods),
+    ("a_quota_of_the_host_holds_in_a_pod", a_quota_of_the_host_holds_in_a_pod),
     ("a_link_out_of_the_image_is_refused", a_link_out_of_the_image_is_refused),
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
     ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
@@ -139,6 +140,22 @@ fn a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods() {
     // Nothing was taken from the other pod, nor from the host.
     assert_eq!(other.exec(&[], &["sh", "-c", "ls / | grep -c bin"]).code, 0);
     assert_eq!(shell("mountpoint -q /proc && mountpoint -q /sys/fs/cgroup && echo there"), "there");
+}
+
+fn a_quota_of_the_host_holds_in_a_pod() {
+    let folder = format!("/tmp/{}", id("quota"));
+    shell(&format!(
+        "mkdir {folder} && mount -t tmpfs -o usrquota,usrquota_block_hardlimit=1m,usrquota_inode_hardlimit=4 tmpfs {folder} && chmod 777 {folder}"
+    ));
+    let mount = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
+    let script = "cd /data; dd if=/dev/zero of=much bs=64k count=64 2>&1 | grep -o quota; stat -c %s much; rm much; for i in 1 2 3 4 5; do echo > $i; done";
+    let output = run_pod(&["--user", "1000", "--mount", &mount], &["sh", "-c", script]);
+    assert!(output.stdout == "quota\n1048576\n" && output.stderr.contains("create 5: Disk quota exceeded"), "{output:?}");
+    // Another one's is not used up by that, and root has none.
+    let output =
+        run_pod(&["--mount", &mount], &["sh", "-c", "dd if=/dev/zero of=/data/root bs=64k count=64 2> /dev/null && stat -c %s /data/root"]);
+    assert_eq!((output.code, output.stdout.as_str()), (0, "4194304\n"), "{output:?}");
+    shell(&format!("umount {folder} && rmdir {folder}"));
 }
 
 fn a_link_out_of_the_image_is_refused() {

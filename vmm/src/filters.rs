@@ -64,6 +64,7 @@ const DISK: &[Allow] = &[
     Call(libc::SYS_pwritev),
     Call(libc::SYS_fdatasync),
     Call(libc::SYS_fallocate),
+    Call(libc::SYS_fadvise64),
     // For rings that were made before; nobody may make one.
     Call(libc::SYS_io_uring_enter),
 ];

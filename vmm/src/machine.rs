@@ -225,6 +225,7 @@ impl Machine {
         if config.disk_rings
             && let Err(error) = places.disks.iter_mut().try_for_each(|place| place.add_rings(config.max_vcpus))
         {
+            places.disks.iter_mut().for_each(blk::Place::remove_rings);
             control.send(&Event::NoRings { reason: error.to_string() }, &[], true).context("report that there are no rings")?;
         }
         let mut transports = vec![

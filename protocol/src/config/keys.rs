@@ -249,7 +249,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "disk.io_uring",
-        "whether requests of a disk go to the host's kernel many at a time, where it has io_uring; else a queue has one under way",
+        "whether requests of a disk go to the host's kernel many at a time, where it has io_uring; else one after the other, with reads ahead",
         "true or false",
         |c, v| c.disk_io_uring = boolean(&v)?,
         |c| c.disk_io_uring.to_string()

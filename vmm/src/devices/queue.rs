@@ -51,13 +51,18 @@ impl ActiveQueue {
 
     /// The next chain that the driver made available; when there is none, the driver notifies of the next.
     pub fn next<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
-        if let Some(chain) = self.queue.pop_descriptor_chain(memory) {
+        if let Some(chain) = self.take(memory) {
             return Some(chain);
         }
         // Buffers may have come in before notifications were asked for. One look: a driver whose
         // index makes no sense has some for ever.
         let more = self.queue.enable_notification(memory).unwrap_or(false);
         more.then(|| self.queue.pop_descriptor_chain(memory)).flatten()
+    }
+
+    /// The next chain; when there is none, the driver does not hear that it is to notify.
+    pub fn take<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
+        self.queue.pop_descriptor_chain(memory)
     }
 
     /// Puts back the chain that was taken last, as when there is nothing to fill it with.

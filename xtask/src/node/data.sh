@@ -45,6 +45,7 @@ start_qemu() {
 		-drive "file=$disk,format=raw,if=none,id=disk,cache=writeback" -device virtio-blk-device,drive=disk \
 		-netdev tap,id=network,ifname=tap0,script=no,downscript=no,vhost=on -device virtio-net-device,netdev=network,mac=02:00:00:88:20:01 -device virtio-balloon-device,free-page-reporting=on \
 		-append "root=share rootfstype=virtiofs rw init=/x/init reboot=t panic=-1 quiet random.trust_cpu=on tsc=reliable no_timer_check" </dev/null >/tmp/qemu.log 2>&1 &
+	qemu=$!
 }
 inside() {
 	if [ "$runtime" != qemu ]; then
@@ -94,6 +95,8 @@ for n in $(seq 0 "$1"); do
 	# The first round warms caches (and the emulator's translations) and is not counted.
 	[ "$n" = 1 ] && : >$out
 	for runtime in runc caisson qemu; do
+		# Its guest looks for commands without end, for which the others are not to pay.
+		kill -$([ $runtime = qemu ] && echo CONT || echo STOP) $qemu
 		if [ $runtime != qemu ]; then
 			files root /root
 			small_files /root root
@@ -116,7 +119,7 @@ for n in $(seq 0 "$1"); do
 		note "answer-ping.$runtime" "$(jq '. * 1000 | floor' /tmp/ping)"
 	done
 done
-pkill -f qemu-system-x86_64.*microvm.*root=share
+kill -KILL $qemu
 for runtime in runc caisson; do
 	ctr task kill -s SIGKILL "data-$runtime"
 	sleep 2
@@ -138,7 +141,8 @@ for how in copied mapped; do
 	for reader in 1 2; do
 		ctr run --detach --runtime io.containerd.caisson.v2 --mount type=bind,src=/var/tmp/volume,dst=/volume,options=rbind:ro $image "reader-$reader" sleep 100000 || fail "start a reader"
 	done
-	sleep 3
+	# They give back what their start has freed.
+	sleep 20
 	before=$(touched)
 	for reader in 1 2; do ctr task exec --exec-id "read$reader" "reader-$reader" md5sum /volume/model >/dev/null || fail "read with a window"; done
 	note "memory-readers.$how" $(($(touched) - before))

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use caisson_host::control::Control;
 use caisson_protocol::vmm::{Disk, Event};
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use vm_memory::VolatileSlice;
 
 use super::request::total;
@@ -138,6 +138,18 @@ impl Backing {
     /// When that fails.
     pub fn flush(&self) -> io::Result<()> {
         self.parts.iter().try_for_each(|part| part.file.sync_data())
+    }
+
+    /// Has the host begin to read what a request will read that waits for its turn.
+    pub fn expect(&self, sector: u64, room: &[VolatileSlice<'_>]) {
+        if self.limiter.is_some() {
+            // It has not been paid for.
+            return;
+        }
+        if let Some((file, at)) = self.within_part(sector, room) {
+            // What does not come by this comes when it is read.
+            let _ = posix_fadvise(file, at.cast_signed(), total(room) as i64, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+        }
     }
 
     /// Has a ring read as [`Backing::read`] does, when it is of one part; returns what the ring reads until that has ended.

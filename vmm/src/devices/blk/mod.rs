@@ -9,15 +9,17 @@
 //!   ^---------- any <---------'   `-> attached (the driver has reset it)
 //! ```
 //!
-//! Each queue has a thread of its own, which reads and writes guest memory directly. By itself it has one request under
-//! way; with a ring (`ring`) many. Why not always: docs/decisions/010.
+//! Each queue has a thread of its own, which reads and writes guest memory directly. By itself it answers one request after
+//! the other, and the host reads ahead for those that wait; with a ring (`ring`) many are under way. Why not always:
+//! docs/decisions/010.
 #![expect(unsafe_code, reason = "a descriptor is borrowed from a type that does not lend it")]
 
 pub mod backing;
 pub mod request;
-mod ring;
-mod under_way;
+pub mod ring;
+pub mod under_way;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -43,6 +45,8 @@ use crate::machine::stop;
 use crate::memory::GuestMemory;
 
 const DEVICE_ID: u32 = 2;
+/// The most requests that are taken from a queue before one of them is started.
+const AT_ONCE: usize = 64;
 /// When the kernel is asked again to take requests that it did not take.
 const RETRY: Duration = Duration::from_millis(10);
 const QUEUE_SIZE: u16 = 256;
@@ -100,6 +104,11 @@ impl Place {
     pub fn add_rings(&mut self, max_vcpus: u32) -> io::Result<()> {
         self.rings = (0..queue_count(max_vcpus)).map(|_| Ring::new().map(Mutex::new).map(Arc::new)).collect::<io::Result<_>>()?;
         Ok(())
+    }
+
+    /// Takes them away again.
+    pub fn remove_rings(&mut self) {
+        self.rings.clear();
     }
 
     /// Makes a disk appear, with a thread for each queue.
@@ -170,7 +179,9 @@ impl Worker {
             // Whoever served the place before has let go of it: the place was free.
             let mut ring = ring.as_deref().map(lock);
             while let Ok(mut server) = queues.recv() {
-                server.serve(&backing, &woken, ring.as_deref_mut());
+                if let Err(error) = server.serve(&backing, &woken, ring.as_deref_mut()) {
+                    stop(&control, Stopped::Failed(format!("the kernel does not take requests of disk {place}: {error}")));
+                }
             }
         })?;
         Ok(Self { work, wake })
@@ -279,40 +290,47 @@ struct QueueServer {
 
 impl QueueServer {
     /// Answers requests until the queue is to be let go, of which `woken` tells, and none is under way.
-    fn serve(&mut self, backing: &Backing, woken: &EventFd, ring: Option<&mut Ring>) {
+    ///
+    /// # Errors
+    /// When the kernel takes none by the ring.
+    fn serve(&mut self, backing: &Backing, woken: &EventFd, ring: Option<&mut Ring>) -> io::Result<()> {
         let (memory, reach) = (self.memory.clone(), self.reach.clone());
         let mut under_way = UnderWay::new(ring);
+        let mut waiting = VecDeque::new();
         loop {
             while let Some((head, written)) = under_way.next_ended(backing) {
                 self.give_back(head, written);
             }
             let stopping = self.stopping.load(Ordering::Acquire);
             if stopping && under_way.is_empty() {
-                return;
+                return Ok(());
             }
             let wait = backing.wait();
             let takes_more = !stopping && wait.is_none() && under_way.has_room();
-            if takes_more && let Some(chain) = self.queue.next(&memory) {
-                let head = chain.head_index();
-                let started =
-                    Request::read(&memory, reach.as_ref(), chain).map_or(Some(0), |request| under_way.start(backing, head, request));
-                if let Some(written) = started {
+            if takes_more && waiting.is_empty() {
+                waiting = self.take(&memory, reach.as_ref());
+                // The host's device has all of them then, also where they are answered one by one.
+                waiting.iter().skip(1).filter(|_| under_way.is_at_once()).for_each(|(_, request)| request.expect(backing));
+            }
+            if takes_more && let Some((head, request)) = waiting.pop_front() {
+                if let Some(written) = under_way.start(backing, head, request) {
                     self.give_back(head, written);
                 }
                 continue;
             }
-            let submitted = under_way.submit();
-            // Much of it is answered at once.
-            if let Ok(true) = submitted {
-                continue;
-            }
+            let retry = match under_way.submit() {
+                // Much of it is answered at once.
+                Ok(true) => continue,
+                Ok(false) => None,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Some(RETRY),
+                Err(error) => return Err(error),
+            };
             let kick = takes_more.then(|| self.queue.kick().as_raw_fd());
             // Rounded up, so that the time has come when the wait is over.
             let wait = wait.filter(|_| !stopping).map(|wait| wait + Duration::from_millis(1));
-            let wait = if submitted.is_err() { Some(RETRY) } else { wait };
             await_ready(
                 [Some(woken.as_raw_fd()), kick, under_way.ended()],
-                wait.map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)),
+                retry.or(wait).map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)),
             );
             if takes_more {
                 self.queue.clear_kick();
@@ -320,6 +338,24 @@ impl QueueServer {
             // Of an earlier driver, perhaps.
             let _ = woken.read();
         }
+    }
+
+    /// What the driver has made available, up to a bound.
+    fn take<'m>(&mut self, memory: &'m GuestMemory, reach: Option<&'m GuestMemory>) -> VecDeque<(u16, Request<'m>)> {
+        let mut taken = VecDeque::new();
+        for _ in 0..AT_ONCE {
+            // It is to notify when it has nothing for us.
+            let chain = if taken.is_empty() { self.queue.next(memory) } else { self.queue.take(memory) };
+            let Some(chain) = chain else { return taken };
+            let head = chain.head_index();
+            match Request::read(memory, reach, chain) {
+                Some(request) => taken.push_back((head, request)),
+                None => self.give_back(head, 0),
+            }
+        }
+        // There may be more, of which nobody tells us when all of these could not be read.
+        let _ = self.queue.kick().write(1);
+        taken
     }
 
     fn give_back(&mut self, head: u16, written: u32) {
@@ -343,7 +379,7 @@ mod tests {
     use caisson_protocol::vmm::{Event, RateLimit};
     use vm_memory::{Bytes, GuestAddress};
 
-    use super::request::tests::{DATA, HEADER_AT, STATUS, WRITE, disk, file, queue};
+    use super::request::tests::{DATA, HEADER_AT, STATUS, WRITE, disk, file, queue, queue_of};
     use super::*;
 
     #[test]
@@ -369,6 +405,38 @@ mod tests {
         let begin = Instant::now();
         assert!(device.reset());
         assert!(begin.elapsed() < wait, "the reset waited for the limit");
+    }
+
+    #[test]
+    fn requests_behind_many_that_cannot_be_answered_are() {
+        const STATUSES: [u64; 3] = [STATUS, STATUS + 1, STATUS + 2];
+        const FLUSH_AT: u64 = HEADER_AT + 0x100;
+        let mut with_rings = Place::default();
+        with_rings.add_rings(1).unwrap();
+        for place in [Place::default(), with_rings] {
+            let (_shim, control) = Control::pair().unwrap();
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+            let mut device = Blk::new(place.clone(), 1);
+            place.attach(disk(false), vec![file()], 1, &Arc::new(control)).unwrap();
+            let mut chains: Vec<&[(u64, u32, u16)]> = vec![&[(HEADER_AT, 16, 0)]; AT_ONCE + 1];
+            let [first, second, third] = STATUSES.map(|status| (status, 1, WRITE));
+            let read = |status, data| [(HEADER_AT, 16, 0), (data, 512, WRITE), status];
+            let (first, flush, third) = (read(first, DATA), [(FLUSH_AT, 16, 0), second], read(third, DATA + 512));
+            chains.extend([&first[..], &flush, &third]);
+            let queue = queue_of(&memory, &chains);
+            memory.write_slice(&4u32.to_le_bytes(), GuestAddress(FLUSH_AT)).unwrap();
+            memory.write_slice(&[0xff; 3], GuestAddress(STATUS)).unwrap();
+            queue.kick().write(1).unwrap();
+            let interrupt = Arc::new(Interrupt::new().unwrap());
+            device.activate(Activation { features: 0, queues: vec![queue], memory: memory.clone(), reach: None, interrupt }).unwrap();
+            let answered = (0..500).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                STATUSES.iter().all(|status| memory.read_obj::<u8>(GuestAddress(*status)).unwrap() == 0)
+            });
+            let mut data = [0; 1024];
+            memory.read_slice(&mut data, GuestAddress(DATA)).unwrap();
+            assert!(answered && device.reset() && data == [1; 1024]);
+        }
     }
 
     #[test]

@@ -30,12 +30,6 @@ pub const MAX_RANGE: u32 = 1 << 21;
 /// Buffers of a request: what preadv(2) takes (`UIO_MAXIOV`). The header and the outcome have one each.
 const MAX_BUFFERS: usize = 1024;
 
-/// Does what a request asks for; returns how many bytes of its chain were written. What is read or written may lie
-/// anywhere in `reach`, all else is in memory.
-pub fn answer(backing: &Backing, memory: &GuestMemory, reach: Option<&GuestMemory>, chain: Chain<'_>) -> u32 {
-    Request::read(memory, reach, chain).map_or(0, |mut request| request.answer(backing))
-}
-
 /// A request's parts, in guest memory but for the header, which is our copy.
 pub struct Request<'m> {
     kind: u32,
@@ -48,7 +42,8 @@ pub struct Request<'m> {
 }
 
 impl<'m> Request<'m> {
-    /// Takes a chain apart. One that has no place for the outcome cannot be answered.
+    /// Takes a chain apart. One that has no place for the outcome cannot be answered. What is read or written may lie
+    /// anywhere in `reach`, all else is in memory.
     pub fn read(memory: &'m GuestMemory, reach: Option<&'m GuestMemory>, chain: Chain<'m>) -> Option<Self> {
         // Our copy: the guest may change its own.
         let buffers: Vec<Descriptor> = chain.filter(|buffer| buffer.len() > 0).take(2 * MAX_BUFFERS + 1).collect();
@@ -105,6 +100,13 @@ impl<'m> Request<'m> {
         self.tell(outcome)
     }
 
+    /// Tells the host what it will read, while another one is answered.
+    pub fn expect(&self, backing: &Backing) {
+        if self.kind == IN {
+            backing.expect(self.sector, &self.room);
+        }
+    }
+
     /// Hands it to a ring, where that can do it; returns what the ring reads until it has ended. Then it is to be
     /// [finished](Self::finish), or, where the kernel did not do all of it, to be [answered](Self::answer).
     pub fn start(&self, backing: &Backing, ring: &mut Ring, key: u64) -> Option<Vec<libc::iovec>> {
@@ -116,9 +118,10 @@ impl<'m> Request<'m> {
         }
     }
 
-    /// Says that a ring has done it; returns how many bytes of its chain were written.
-    pub fn finish(&mut self) -> u32 {
-        self.tell(Ok(if self.kind == IN { total(&self.room) } else { 0 }))
+    /// Says how a ring has done it; returns how many bytes of its chain were written.
+    pub fn finish(&mut self, outcome: io::Result<()>) -> u32 {
+        let written = if self.kind == IN { total(&self.room) } else { 0 };
+        self.tell(outcome.map(|()| written))
     }
 
     fn tell(&mut self, outcome: io::Result<usize>) -> u32 {
@@ -215,6 +218,10 @@ pub(crate) mod tests {
         file
     }
 
+    fn answer(backing: &Backing, memory: &GuestMemory, reach: Option<&GuestMemory>, chain: Chain<'_>) -> u32 {
+        Request::read(memory, reach, chain).map_or(0, |mut request| request.answer(backing))
+    }
+
     /// A driver's side of a queue with one chain, and the disk.
     struct Driver {
         memory: GuestMemory,
@@ -286,13 +293,21 @@ pub(crate) mod tests {
     }
 
     pub fn queue(memory: &GuestMemory, buffers: &[(u64, u32, u16)]) -> ActiveQueue {
-        let mock = MockSplitQueue::create(memory, GuestAddress(QUEUE), 16);
-        let next = |index: usize| if index + 1 < buffers.len() { 1 } else { 0 };
-        let descriptor = |(index, (address, length, flags)): (usize, &(u64, u32, u16))| {
-            RawDescriptor::from(Descriptor::new(*address, *length, *flags | next(index), index as u16 + 1))
-        };
-        let descriptors: Vec<RawDescriptor> = buffers.iter().enumerate().map(descriptor).collect();
-        mock.build_desc_chain(&descriptors).unwrap();
+        queue_of(memory, &[buffers])
+    }
+
+    /// A queue with several chains.
+    pub fn queue_of(memory: &GuestMemory, chains: &[&[(u64, u32, u16)]]) -> ActiveQueue {
+        let mock = MockSplitQueue::create(memory, GuestAddress(QUEUE), 256);
+        let mut descriptors: Vec<RawDescriptor> = Vec::new();
+        for chain in chains {
+            for (index, (address, length, flags)) in chain.iter().enumerate() {
+                let next = if index + 1 < chain.len() { 1 } else { 0 };
+                let descriptor = Descriptor::new(*address, *length, *flags | next, descriptors.len() as u16 + 1);
+                descriptors.push(RawDescriptor::from(descriptor));
+            }
+        }
+        mock.build_multiple_desc_chains(&descriptors).unwrap();
         ActiveQueue::new(mock.create_queue().unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap())
     }
 

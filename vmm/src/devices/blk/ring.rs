@@ -1,8 +1,7 @@
 //! A ring by which requests go to the host's kernel many at a time (io_uring(7)).
 //!
 //! Rings are made before the process is confined, as nobody may make one afterwards, and the kernel takes nothing through
-//! them but reads, writes and syncs of what the process has open (`IORING_REGISTER_RESTRICTIONS`): who takes the process over
-//! gains no system call by one.
+//! them but reads, writes and syncs of what the process has open (`IORING_REGISTER_RESTRICTIONS`).
 #![expect(unsafe_code, reason = "the kernel reads and writes guest memory by its address")]
 
 use std::io;
@@ -14,6 +13,9 @@ use io_uring::{IoUring, opcode, squeue};
 
 /// The most requests under way in a ring.
 pub const DEPTH: u32 = 64;
+
+/// The most threads of the kernel's that a ring has, for what is bounded in time and for what is not.
+const WORKERS: u32 = 4;
 
 /// A ring; its descriptor is readable while there are requests that have ended.
 pub struct Ring(IoUring);
@@ -32,6 +34,8 @@ impl Ring {
     pub fn new() -> io::Result<Self> {
         let ring = IoUring::builder().setup_r_disabled().build(DEPTH)?;
         let submitter = ring.submitter();
+        // What the kernel cannot do without waiting its own threads do, which count as the process's. Before Linux 5.15 it has no bound.
+        let _ = submitter.register_iowq_max_workers(&mut [WORKERS; 2]);
         let kinds = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
         submitter.register_restrictions(&mut kinds.map(Restriction::sqe_op))?;
         submitter.register_enable_rings()?;
@@ -75,12 +79,18 @@ impl Ring {
     /// Hands the kernel what was added; whether that was something.
     ///
     /// # Errors
-    /// When the kernel does not take it now, as for want of memory; it stays added.
+    /// When the kernel does not take it; of the kind [`io::ErrorKind::WouldBlock`] when it may do so later. It stays added.
     pub fn submit(&mut self) -> io::Result<bool> {
         if self.0.submission().is_empty() {
             return Ok(false);
         }
-        self.0.submit().map(|taken| taken > 0)
+        let later = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM | libc::EBUSY | libc::EINTR));
+        match self.0.submit() {
+            Err(error) if !later(&error) => Err(error),
+            // It may have taken some.
+            _ if self.0.submission().is_empty() => Ok(true),
+            _ => Err(io::ErrorKind::WouldBlock.into()),
+        }
     }
 
     /// The next request that has ended: its key, and what the system call would have returned or minus its error.
@@ -109,7 +119,8 @@ mod tests {
         assert!(unsafe { ring.add(linked, 4) });
         let mut ended = Vec::new();
         while ended.len() < 4 {
-            ring.submit().unwrap();
+            // What is refused ends a submission.
+            assert!(ring.submit().is_ok() || !ring.0.submission().is_empty());
             ended.extend(std::iter::from_fn(|| ring.next_ended()));
         }
         ended.sort_unstable();

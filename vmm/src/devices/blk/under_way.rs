@@ -34,6 +34,11 @@ impl<'r, 'm> UnderWay<'r, 'm> {
         self.count == 0
     }
 
+    /// Whether each is answered when it is started.
+    pub const fn is_at_once(&self) -> bool {
+        self.ring.is_none()
+    }
+
     /// Whether there may be one more.
     pub const fn has_room(&self) -> bool {
         self.count < DEPTH
@@ -72,8 +77,13 @@ impl<'r, 'm> UnderWay<'r, 'm> {
         let Started { head, mut request, vectors } = self.started.get_mut(key as usize)?.take()?;
         self.count -= 1;
         let wanted: usize = vectors.iter().map(|vector| vector.iov_len).sum();
-        // Of what the kernel did in part, or could not do so, the other way says what becomes of it.
-        let whole = usize::try_from(result) == Ok(wanted);
-        Some((head, if whole { request.finish() } else { request.answer(backing) }))
+        let written = match usize::try_from(result) {
+            Ok(done) if done == wanted => request.finish(Ok(())),
+            // Linux tells of an error in writing out once: who asks again hears of none.
+            Err(_) if wanted == 0 => request.finish(Err(io::Error::from_raw_os_error(-result))),
+            // Of what the kernel did in part, or could not do so, the other way says what becomes of it.
+            _ => request.answer(backing),
+        };
+        Some((head, written))
     }
 }
