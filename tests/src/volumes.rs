@@ -145,7 +145,8 @@ fn a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods() {
 fn a_quota_of_the_host_holds_in_a_pod() {
     let folder = format!("/tmp/{}", id("quota"));
     shell(&format!(
-        "mkdir {folder} && mount -t tmpfs -o usrquota,usrquota_block_hardlimit=1m,usrquota_inode_hardlimit=4 tmpfs {folder} && chmod 777 {folder}"
+        "modprobe -a loop quota_v2; mkdir {folder} && truncate -s 32M {folder}.img && mkfs.ext4 -q -O quota -E quotatype=usrquota {folder}.img && \
+         mount -o loop,usrquota {folder}.img {folder} && setquota -u 1000 0 1024 0 4 {folder} && chmod 777 {folder}"
     ));
     let mount = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
     let script = "cd /data; dd if=/dev/zero of=much bs=64k count=64 2>&1 | grep -o quota; stat -c %s much; rm much; for i in 1 2 3 4 5; do echo > $i; done";
@@ -155,7 +156,7 @@ fn a_quota_of_the_host_holds_in_a_pod() {
     let output =
         run_pod(&["--mount", &mount], &["sh", "-c", "dd if=/dev/zero of=/data/root bs=64k count=64 2> /dev/null && stat -c %s /data/root"]);
     assert_eq!((output.code, output.stdout.as_str()), (0, "4194304\n"), "{output:?}");
-    shell(&format!("umount {folder} && rmdir {folder}"));
+    shell(&format!("umount {folder} && rmdir {folder} && rm {folder}.img"));
 }
 
 fn a_link_out_of_the_image_is_refused() {

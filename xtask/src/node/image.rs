@@ -40,6 +40,7 @@ const PACKAGES: &[&str] = &[
     "mount",
     "nftables",
     "procps",
+    "quota",
     "qemu-system-x86",
     "runc",
     "socat",
