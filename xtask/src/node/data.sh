@@ -69,7 +69,9 @@ fio_figure() {
 files() {
 	local where=$1 folder=$2 file="--filename=$2/file --size=64m --ioengine=psync"
 	fio_figure "rate-$where-write" write.bw $file --rw=write --bs=1m --end_fsync=1
+	# It forgets what the guest or the host has of the file, again and again; the next one does not.
 	fio_figure "rate-$where-read" read.bw $file --rw=read --bs=1m --runtime=3 --time_based
+	fio_figure "rate-$where-cached" read.bw $file --rw=read --bs=1m --runtime=3 --time_based --invalidate=0
 	fio_figure "requests-$where-read" read.iops $file --rw=randread --bs=4k --runtime=3 --time_based
 	fio_figure "requests-$where-write" write.iops $file --rw=randwrite --bs=4k --runtime=3 --time_based
 	inside /bin/rm "$folder/file"
