@@ -158,7 +158,7 @@ fn make(work: &Path) -> Command {
 fn run(command: &mut Command, what: &str) -> Result<()> {
     let output = command.stdin(Stdio::null()).output().with_context(|| what.to_owned())?;
     if !output.status.success() {
-        // What `patch` has to say is no error of its own.
+        // `patch` says on its standard output what does not fit.
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
