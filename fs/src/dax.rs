@@ -8,15 +8,16 @@
 //! What is mapped is the host's own memory of the file: it is there once, for all pods and the host.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::sync::OnceLock;
 
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::Context;
-use virtiofsd::fuse::{ATTR_DAX, Attr, InHeader, Opcode, OutHeader, RemovemappingIn, RemovemappingOne, SetupmappingFlags, SetupmappingIn};
-use vm_memory::ByteValued;
+use virtiofsd::fuse::{ATTR_DAX, Attr, InHeader, Opcode, RemovemappingIn, RemovemappingOne, SetupmappingFlags, SetupmappingIn};
+
+use crate::request::{answer, read};
 
 /// From this size on a file is mapped: each takes a range of the window, of 2 MiB (`FUSE_DAX_SHIFT` of Linux), however
 /// small it is.
@@ -57,10 +58,7 @@ impl Dax {
     pub fn answer(&self, mut request: Reader<'_>, mut room: Writer<'_>) -> io::Result<usize> {
         let header: InHeader = read(&mut request)?;
         let outcome = if header.opcode == Opcode::SetupMapping as u32 { self.map(header, &mut request) } else { self.remove(&mut request) };
-        let error = outcome.map_or_else(|error| -error.raw_os_error().unwrap_or(libc::EIO), |()| 0);
-        let answer = OutHeader { len: size_of::<OutHeader>() as u32, error, unique: header.unique };
-        room.write_all(answer.as_slice())?;
-        Ok(size_of::<OutHeader>())
+        answer(&mut room, header.unique, outcome.map(|()| []))
     }
 
     fn map(&self, header: InHeader, request: &mut Reader<'_>) -> io::Result<()> {
@@ -93,12 +91,6 @@ impl Dax {
     fn monitor(&self) -> io::Result<&Backend> {
         self.monitor.get().ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
-}
-
-fn read<T: ByteValued + Default>(request: &mut Reader<'_>) -> io::Result<T> {
-    let mut value = T::default();
-    request.read_exact(value.as_mut_slice())?;
-    Ok(value)
 }
 
 /// Says of a file whether the guest is to map it.

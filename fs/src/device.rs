@@ -32,6 +32,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::dax::Dax;
 use crate::descriptors::Descriptors;
+use crate::request::{self, Make};
 
 /// Requests of high priority (forget, interrupt), and others.
 const QUEUES: usize = 2;
@@ -63,6 +64,7 @@ pub struct Device<F: FileSystem + Send + Sync + 'static> {
 /// What workers need as well.
 struct Shared<F: FileSystem + Sync> {
     server: Server<F>,
+    make: Make,
     /// Of a guest that has a window for files.
     dax: Option<Dax>,
     fail: Fail,
@@ -70,10 +72,11 @@ struct Shared<F: FileSystem + Sync> {
 
 impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     /// A device that looks for another request for at most so long after the last one, and has so many workers for requests
-    /// that wait: for disks, or for descriptors. `dax` serves what the guest maps, where it may. `fail` ends the process, for
-    /// the reason that it is given.
+    /// that wait: for disks, or for descriptors. `make` makes files without a name, `dax` serves what the guest maps, where it
+    /// may. `fail` ends the process, for the reason that it is given.
     pub fn new(
         fs: F,
+        make: Make,
         dax: Option<Dax>,
         poll: Duration,
         workers: usize,
@@ -82,7 +85,13 @@ impl<F: FileSystem + Send + Sync + 'static> Device<F> {
     ) -> Self {
         let fail: Fail = Arc::new(fail);
         let workers = Workers { count: workers, fail: Arc::clone(&fail), jobs: OnceLock::new() };
-        Self { shared: Arc::new(Shared { server: Server::new(fs), dax, fail }), memory: RwLock::default(), poll, workers, descriptors }
+        Self {
+            shared: Arc::new(Shared { server: Server::new(fs), make, dax, fail }),
+            memory: RwLock::default(),
+            poll,
+            workers,
+            descriptors,
+        }
     }
 
     /// Serves the queues until nothing has come for a while, and the guest knows that it has to wake us.
@@ -163,12 +172,10 @@ impl<F: FileSystem + Sync> Shared<F> {
         if takes_room_for_granted(kind) && writer.available_bytes() < size_of::<OutHeader>() {
             return Err("a request of the guest has no room for its answer".into());
         }
-        let answered = match dax.filter(|_| Dax::serves(kind)) {
-            Some(dax) => dax.answer(reader, writer).map_err(|error| error.to_string()),
-            None => {
-                let answered = self.server.handle_message(reader, writer, None::<&mut Backend>);
-                answered.map_err(|error| error.to_string())
-            }
+        let answered = match (kind, dax.filter(|_| Dax::serves(kind))) {
+            (_, Some(dax)) => dax.answer(reader, writer).map_err(|error| error.to_string()),
+            (Some(Opcode::TmpFile), _) => request::tmpfile(&self.make, reader, writer).map_err(|error| error.to_string()),
+            _ => self.server.handle_message(reader, writer, None::<&mut Backend>).map_err(|error| error.to_string()),
         };
         answered.map_err(|error| format!("a request of the guest: {error}"))
     }
@@ -283,8 +290,8 @@ fn may_wait(kind: Option<Opcode>) -> bool {
 
 /// Whether a request has us open a file, or may have.
 fn takes_descriptor(kind: Option<Opcode>) -> bool {
-    use Opcode::{Create, Lookup, Mkdir, Mknod, Open, Opendir, Readdirplus, Symlink};
-    matches!(kind, Some(Create | Lookup | Mkdir | Mknod | Open | Opendir | Readdirplus | Symlink))
+    use Opcode::{Create, Link, Lookup, Mkdir, Mknod, Open, Opendir, Readdirplus, Symlink, TmpFile};
+    matches!(kind, Some(Create | Link | Lookup | Mkdir | Mknod | Open | Opendir | Readdirplus | Symlink | TmpFile))
 }
 
 /// Whether virtiofsd's server may panic when a request has no room for as much as an answer's header.

@@ -57,6 +57,7 @@ const FILES: &[Allow] = &[
     Call(libc::SYS_fchdir),
     Call(libc::SYS_fchmod),
     Call(libc::SYS_fchmodat),
+    Call(libc::SYS_fchown),
     Call(libc::SYS_fchownat),
     Call(libc::SYS_fdatasync),
     Call(libc::SYS_fgetxattr),

@@ -3,5 +3,7 @@
 pub mod dax;
 pub mod descriptors;
 pub mod device;
+pub mod request;
 mod seal;
 pub mod share;
+pub mod unnamed;

@@ -4,8 +4,8 @@
 //! main: open /proc handles -> jail -> receive FsConfig -> serve until the VMM hangs up
 //! ```
 //!
-//! The file system is that of the virtiofsd project, used as a library, with a layer of ours around it (`share.rs`) and a
-//! device of ours in front (`device.rs`). It runs in a process of its own whose root is the share, without network,
+//! The file system is that of the virtiofsd project, used as a library, with two layers of ours around it (`share.rs`,
+//! `unnamed.rs`) and a device of ours in front (`device.rs`). It runs in a process of its own whose root is the share, without network,
 //! without any capability but those that acting for the share's users needs, behind a system call filter.
 #![expect(unsafe_code, reason = "the listening socket arrives as a descriptor, which the vhost crate takes by number")]
 
@@ -20,7 +20,9 @@ use anyhow::{Context, Result, bail};
 use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
+use caisson_fs::request::Make;
 use caisson_fs::share::Share;
+use caisson_fs::unnamed::{Files, Room, Rules};
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
 use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
@@ -36,6 +38,8 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 const DESCRIPTOR_LIMIT: u64 = 1 << 20;
 /// Descriptors kept back from the guest for the server itself.
 const RESERVED_DESCRIPTORS: u64 = 128;
+/// This part of them is for files without a name.
+const UNNAMED: u64 = 8;
 
 fn main() {
     let Ok(control) = Control::inherited() else {
@@ -83,6 +87,14 @@ fn run(control: &Arc<Control>) -> Result<()> {
     };
     // The kernel would refuse them, too, but when the server has half become such a user.
     let unknown = id_base.map(|_| vec![IdMap::ForbidGuest { from_guest: HOST_IDS, count: u32::MAX - HOST_IDS }]);
+    let rules = Rules {
+        descriptors: proc_self_fd.try_clone().context("keep /proc/self/fd")?,
+        attributes: attributes()?,
+        ids: id_base.map(|_| HOST_IDS),
+        attr_timeout: timeout(config.cache),
+        caches: !matches!(config.cache, CachePolicy::Never),
+        room: Room::new((descriptors / UNNAMED) as usize),
+    };
     let fs_config = passthrough::Config {
         uid_map: unknown.clone(),
         gid_map: unknown,
@@ -94,8 +106,10 @@ fn run(control: &Arc<Control>) -> Result<()> {
         let _ = witness.send(&Event::Crowded, &[], false);
     }));
     let fs = PassthroughFs::new(fs_config).context("open the share")?;
-    let fs = Share::new(fs, matches!(config.cache, CachePolicy::Auto), config.maps, Arc::clone(&descriptors));
-    let opener = fs.clone();
+    let share = Share::new(fs, matches!(config.cache, CachePolicy::Auto), config.maps, Arc::clone(&descriptors));
+    let fs = Files::new(share, rules);
+    let (maker, opener) = (fs.clone(), fs.clone());
+    let make: Make = Box::new(move |ctx, folder, wanted| maker.make(ctx, folder, wanted));
     let dax = config.maps.then(|| Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes)));
     // Before any thread is started: each has the filter of who starts it.
     filter::install()?;
@@ -103,20 +117,34 @@ fn run(control: &Arc<Control>) -> Result<()> {
     // On a single processor the guest cannot ask while somebody looks.
     let alone = std::thread::available_parallelism().is_ok_and(|processors| processors.get() == 1);
     let poll = if alone { Duration::ZERO } else { Duration::from_micros(config.poll_us.into()) };
-    serve(socket, Device::new(fs, dax, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
+    serve(socket, Device::new(fs, make, dax, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
 }
 
 /// A guest's `trusted` attributes are not the host's: those hold for every process there, and who sets them must be its
 /// root. They are kept under names that no guest can use otherwise (virtiofsd's `doc/xattr-mapping.md`).
 const ATTRIBUTES: &str = "/prefix/all/trusted./user.virtiofs./ /bad/server//trusted./ /bad/client/user.virtiofs.// /ok/all///";
 
+fn attributes() -> Result<XattrMap> {
+    XattrMap::try_from(ATTRIBUTES).map_err(|error| anyhow::anyhow!("read the map of attributes: {error}"))
+}
+
+/// For how long the guest may keep what it has heard of a file.
+const fn timeout(cache: CachePolicy) -> Duration {
+    Duration::from_secs(match cache {
+        CachePolicy::Never => 0,
+        CachePolicy::Auto => 1,
+        CachePolicy::Always => 86_400,
+    })
+}
+
 /// What the guest may do and cache.
 fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, proc_mountinfo: File) -> Result<passthrough::Config> {
-    let (cache_policy, timeout) = match config.cache {
-        CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
-        CachePolicy::Auto => (passthrough::CachePolicy::Auto, Duration::from_secs(1)),
-        CachePolicy::Always => (passthrough::CachePolicy::Always, Duration::from_secs(86_400)),
+    let cache_policy = match config.cache {
+        CachePolicy::Never => passthrough::CachePolicy::Never,
+        CachePolicy::Auto => passthrough::CachePolicy::Auto,
+        CachePolicy::Always => passthrough::CachePolicy::Always,
     };
+    let timeout = timeout(config.cache);
     Ok(passthrough::Config {
         root_dir: "/".into(),
         cache_policy,
@@ -124,7 +152,7 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
         entry_timeout: timeout,
         attr_timeout: timeout,
         xattr: true,
-        xattrmap: Some(XattrMap::try_from(ATTRIBUTES).map_err(|error| anyhow::anyhow!("read the map of attributes: {error}"))?),
+        xattrmap: Some(attributes()?),
         posix_acl: passthrough::NegotiationMode::Auto,
         // Each mount below the share is a file system of its own in the guest, with its own
         // device number; unmounting it there drops every inode of it here.
@@ -133,13 +161,13 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
         proc_mountinfo_rawfd: Some(proc_mountinfo),
         allow_direct_io: true,
         killpriv_v2: true,
-        guest_fd_limit: descriptors.saturating_sub(RESERVED_DESCRIPTORS),
+        guest_fd_limit: (descriptors - descriptors / UNNAMED).saturating_sub(RESERVED_DESCRIPTORS),
         ..passthrough::Config::default()
     })
 }
 
 /// Serves the one conversation on `socket` until the VMM hangs up.
-fn serve(socket: OwnedFd, device: Device<Share>) -> Result<()> {
+fn serve(socket: OwnedFd, device: Device<Files>) -> Result<()> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("caisson-fs".into(), Arc::new(device), memory)
         .map_err(|error| anyhow::anyhow!("create the vhost-user server: {error}"))?;

@@ -1,4 +1,5 @@
-//! The share as the guest's requests meet it: virtiofsd's file system, with five things of ours.
+//! The share as the guest's requests meet it: virtiofsd's file system, with five things of ours. Files without a name are
+//! beside it (`unnamed.rs`).
 //!
 //! **What may be kept.** With the policy `auto` a guest drops what it has cached of a file whenever the
 //! file is opened, so that a program is read again each time that it is run. Here it keeps that,
@@ -49,8 +50,10 @@ const SETTLED_AFTER: Duration = Duration::from_secs(3);
 /// than that they are read again.
 const MOST_OPENED: usize = 65_536;
 
-type Inode = <PassthroughFs as FileSystem>::Inode;
-type Handle = <PassthroughFs as FileSystem>::Handle;
+/// By which the guest knows a file.
+pub type Inode = <PassthroughFs as FileSystem>::Inode;
+/// By which it knows what it has open.
+pub type Handle = <PassthroughFs as FileSystem>::Handle;
 type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
 /// By which a file's state is known from another: change and modification in nanoseconds, size.
@@ -129,11 +132,28 @@ impl Share {
         let flags = if writes { libc::O_RDWR } else { libc::O_RDONLY }.cast_unsigned();
         let (handle, _) = self.descriptors.mind(self.fs.open(ctx, inode, false, flags))?;
         let handle = handle.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
-        let mut taken = Taken(None);
-        let read = self.fs.read(ctx, inode, handle, &mut taken, 1, 0, None, 0);
+        let file = self.opened_file(ctx, inode, handle);
         self.fs.release(ctx, inode, flags, handle, false, false, None)?;
-        read?;
+        file
+    }
+
+    /// A file that the guest has opened.
+    ///
+    /// # Errors
+    /// When it has not, or there is no descriptor left.
+    pub fn opened_file(&self, ctx: Context, inode: Inode, handle: Handle) -> io::Result<File> {
+        let mut taken = Taken(None);
+        self.fs.read(ctx, inode, handle, &mut taken, 1, 0, None, 0)?;
         taken.0.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    /// Does something in a folder in which the guest may make and name files.
+    ///
+    /// # Errors
+    /// Those of `act`, of open(2), and `EPERM` where it may not.
+    pub fn within<T>(&self, ctx: Context, folder: Inode, act: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+        let _opened = self.seal.open(&[folder])?;
+        act(&self.file(ctx, folder, false)?)
     }
 
     fn mark(&self, attr: &mut Attr) {
@@ -168,7 +188,10 @@ impl Share {
 }
 
 /// Refuses what is beyond the largest file.
-fn check_range(offset: u64, length: u64) -> io::Result<()> {
+///
+/// # Errors
+/// `EINVAL`.
+pub fn check_range(offset: u64, length: u64) -> io::Result<()> {
     match offset.checked_add(length) {
         Some(end) if end <= i64::MAX as u64 => Ok(()),
         _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),

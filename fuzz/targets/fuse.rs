@@ -11,9 +11,12 @@ use std::time::Duration;
 use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
+use caisson_fs::request::Make;
 use caisson_fs::share::Share;
+use caisson_fs::unnamed::{FIRST, Files, Room, Rules};
 use caisson_fuzz::Input;
 use caisson_fuzz::driver::{DATA, MEMORY_BYTES, Rings, SIZE, scribble};
+use caisson_protocol::fs::HOST_IDS;
 use caisson_protocol::guest::SNAPSHOT_DIR;
 use caisson_sys::mounts::{Attributes, set_attributes};
 use libfuzzer_sys::fuzz_target;
@@ -22,6 +25,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{Config, PassthroughFs};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -44,8 +48,10 @@ const SECRET_FILE: &str = "secret";
 const DESCRIPTORS: u64 = 512;
 /// The most bytes of what follows the header.
 const BODY: usize = 0x800;
-/// Inodes are numbers from 1 on: small ones are likely to be there.
+/// Inodes are numbers from 1 on, and from `FIRST` on for files without a name: so many of either are likely to be there.
 const KNOWN: u64 = 8;
+/// Descriptors for files without a name.
+const UNNAMED: usize = 16;
 
 /// What is in a snapshot's folder.
 const SNAPSHOT: [&str; 2] = ["fs", "work"];
@@ -110,10 +116,19 @@ fuzz_target!(|data: &[u8]| {
     let ended = Arc::new(AtomicBool::new(false));
     let end = Arc::clone(&ended);
     let descriptors = Arc::new(Descriptors::new(DESCRIPTORS, || ()));
-    let files = Share::new(fs, true, true, Arc::clone(&descriptors));
-    let opener = files.clone();
+    let rules = Rules {
+        descriptors: File::open("/proc/self/fd").expect("a folder"),
+        attributes: XattrMap::try_from("/ok/all///").expect("a rule"),
+        ids: Some(HOST_IDS),
+        attr_timeout: Duration::ZERO,
+        caches: true,
+        room: Room::new(UNNAMED),
+    };
+    let files = Files::new(Share::new(fs, true, true, Arc::clone(&descriptors)), rules);
+    let (maker, opener) = (files.clone(), files.clone());
+    let make: Make = Box::new(move |ctx, folder, wanted| maker.make(ctx, folder, wanted));
     let dax = Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes));
-    let device = Device::new(files, Some(dax), Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));
+    let device = Device::new(files, make, Some(dax), Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));
     let memory = GuestMemoryMmap::<BitmapMmapRegion>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("memory");
     let memory = GuestMemoryAtomic::new(memory);
     device.update_memory(memory.clone()).expect("it takes any memory");
@@ -154,7 +169,8 @@ fuzz_target!(|data: &[u8]| {
                 serve();
             }
             opcode => {
-                let (opcode, node) = (u32::from(opcode) % OPCODES, u64::from(input.u8()) % KNOWN);
+                let (opcode, node) = (u32::from(opcode) % OPCODES, u64::from(input.u8()) % (2 * KNOWN));
+                let node = if node < KNOWN { node } else { FIRST + node - KNOWN };
                 let length = usize::from(input.u16()) % BODY;
                 ask(&mut rings[1], &request(opcode, node, input.bytes(length)));
             }

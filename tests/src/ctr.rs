@@ -7,6 +7,15 @@ use std::time::{Duration, Instant};
 
 pub const RUNTIME: &str = "io.containerd.caisson.v2";
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
+/// Containers that have the node's programs.
+pub const NODES_PROGRAMS: [&str; 6] = [
+    "--mount",
+    "type=bind,src=/usr,dst=/usr,options=rbind:ro",
+    "--mount",
+    "type=bind,src=/usr/lib,dst=/lib,options=rbind:ro",
+    "--mount",
+    "type=bind,src=/usr/lib64,dst=/lib64,options=rbind:ro",
+];
 /// Longer than any command takes here, shorter than a test run's patience.
 const LIMIT: Duration = Duration::from_secs(300);
 

@@ -3,7 +3,7 @@
 use std::process::{Child, Command};
 
 use crate::Test;
-use crate::ctr::{Pod, run, run_pod, shell};
+use crate::ctr::{NODES_PROGRAMS, Pod, run, run_pod, shell};
 use crate::faults::Config;
 use crate::host::{Inventory, assert_nothing_left, eventually};
 use crate::isolation::status;
@@ -55,16 +55,6 @@ impl Drop for Listener {
         let _ = self.0.wait();
     }
 }
-
-/// Containers that have the node's programs.
-const NODES_PROGRAMS: [&str; 6] = [
-    "--mount",
-    "type=bind,src=/usr,dst=/usr,options=rbind:ro",
-    "--mount",
-    "type=bind,src=/usr/lib,dst=/lib,options=rbind:ro",
-    "--mount",
-    "type=bind,src=/usr/lib64,dst=/lib64,options=rbind:ro",
-];
 
 fn a_pod_without_cni_reaches_out_and_is_reached_where_it_is_published() {
     let before = Inventory::take();

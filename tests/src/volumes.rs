@@ -4,7 +4,7 @@ use k8s_cri::v1::{Mount, StartContainerRequest};
 
 use crate::Test;
 use crate::cri::{Pod, SLEEP};
-use crate::ctr::{Pod as PodOfCtr, RUNTIME, ctr, id, run, run_pod, shell};
+use crate::ctr::{NODES_PROGRAMS, Pod as PodOfCtr, RUNTIME, ctr, id, run, run_pod, shell};
 use crate::faults::Config;
 use crate::host::eventually;
 
@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     ("what_is_mounted_in_a_read_only_volume_has_its_own_rights", what_is_mounted_in_a_read_only_volume_has_its_own_rights),
     ("a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods", a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods),
     ("a_quota_of_the_host_holds_in_a_pod", a_quota_of_the_host_holds_in_a_pod),
+    ("a_file_without_a_name_is_as_good_as_others_and_may_be_given_one", a_file_without_a_name_is_as_good_as_others_and_may_be_given_one),
     ("a_link_out_of_the_image_is_refused", a_link_out_of_the_image_is_refused),
     ("images_may_have_links_and_locked_folders", images_may_have_links_and_locked_folders),
     ("watchers_hear_of_a_volume_that_kubelet_replaces", watchers_hear_of_a_volume_that_kubelet_replaces),
@@ -157,6 +158,49 @@ fn a_quota_of_the_host_holds_in_a_pod() {
         run_pod(&["--mount", &mount], &["sh", "-c", "dd if=/dev/zero of=/data/root bs=64k count=64 2> /dev/null && stat -c %s /data/root"]);
     assert_eq!((output.code, output.stdout.as_str()), (0, "4194304\n"), "{output:?}");
     shell(&format!("umount {folder} && rmdir {folder} && rm {folder}.img"));
+}
+
+/// A file that is made without a name in /data (`O_TMPFILE`), used, and given a name (linkat(2)); Perl is the node's.
+const NAMELESS: &str = r#"
+use strict; use warnings; use Fcntl qw(:DEFAULT :flock SEEK_SET);
+sub made { sysopen(my $file, "/data", 0x410000 | O_RDWR | $_[0], 0640) or die "make: $!"; return $file }
+sub linked { syscall(265, -100, "/proc/self/fd/" . fileno($_[0]), -100, "$_[1]", 0x400) == 0 ? "linked" : "$!" }
+my $file = made(0);
+syswrite($file, "before") == 6 or die "write: $!";
+my ($inode, $mode, $links) = (stat $file)[1, 2, 3];
+truncate($file, 4) && chmod(0600, $file) && chown(1000, 100, $file) && utime(5, 7, $file) or die "change: $!";
+open(my $again, "<", "/proc/self/fd/" . fileno($file)) or die "open again: $!";
+printf("%o %d %d %s
+", $mode, $links, scalar(() = glob("/data/*")), <$again>);
+print linked($file, "/data/name"), "
+";
+my @named = stat("/data/name");
+printf("%s %o %d %d %d %d
+", $named[1] == $inode ? "same" : "another", @named[2, 3, 4, 7, 9]);
+open(my $named, "+<", "/data/name") or die "open by its name: $!";
+flock($file, LOCK_EX | LOCK_NB) or die "lock: $!";
+print flock($named, LOCK_EX | LOCK_NB) ? "two files
+" : "one file
+";
+sysseek($file, 0, SEEK_SET); syswrite($file, "after"); sysread($named, my $read, 100); print "$read
+";
+print linked(made(O_EXCL), "/data/never"), "
+";
+unlink("/data/name"); print linked($file, "/data/later"), "
+";
+"#;
+
+fn a_file_without_a_name_is_as_good_as_others_and_may_be_given_one() {
+    let folder = format!("/tmp/{}", id("nameless"));
+    shell(&format!("mkdir {folder}"));
+    let data = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
+    let mounts = [&["--mount", &data], &NODES_PROGRAMS[..]].concat();
+    let output = run_pod(&mounts, &["/usr/bin/perl", "-e", NAMELESS]);
+    let expected =
+        "100640 0 0 befo\nlinked\nsame 100600 1 1000 4 7\none file\nafter\nNo such file or directory\nNo such file or directory\n";
+    assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (0, expected, ""), "{output:?}");
+    // Nothing of those without a name is left.
+    shell(&format!("rmdir {folder}"));
 }
 
 fn a_link_out_of_the_image_is_refused() {

@@ -105,6 +105,11 @@ impl Guest {
     }
 }
 
+/// Makes no file without a name.
+fn makes_none() -> Make {
+    Box::new(|_, _, _| Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)))
+}
+
 /// A device, what lets its syncs go, and what it fails of.
 fn device(answers_in: Duration, workers: usize) -> (Device<Slow>, Sender<()>, Receiver<String>) {
     let (sender, let_go) = channel();
@@ -112,7 +117,7 @@ fn device(answers_in: Duration, workers: usize) -> (Device<Slow>, Sender<()>, Re
     let fail = move |why| reason.send(why).unwrap();
     let descriptors = Arc::new(Descriptors::new(1000, || ()));
     let fs = Slow { answers_in, let_go: Mutex::new(let_go) };
-    (Device::new(fs, None, Duration::from_secs(1), workers, descriptors, fail), sender, reasons)
+    (Device::new(fs, makes_none(), None, Duration::from_secs(1), workers, descriptors, fail), sender, reasons)
 }
 
 /// A device with a window, into which a file goes, what fails, and the monitor's end.
@@ -123,7 +128,7 @@ fn device_with_window() -> (Device<Slow>, Receiver<String>, UnixStream) {
     let dax = Dax::new(
         |_, inode, writes| if writes { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { File::open(format!("/dev/fd/{inode}")) },
     );
-    let device = Device::new(fs, Some(dax), Duration::ZERO, 0, descriptors, move |why| reason.send(why).unwrap());
+    let device = Device::new(fs, makes_none(), Some(dax), Duration::ZERO, 0, descriptors, move |why| reason.send(why).unwrap());
     let (ours, monitors) = UnixStream::pair().unwrap();
     let backend = Backend::from_stream(ours);
     backend.set_shmem_flag(true);

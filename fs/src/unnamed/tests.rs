@@ -1,0 +1,276 @@
+//! Files without a name, by requests that a guest makes.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use virtiofsd::fuse::InHeader;
+use virtiofsd::oslib::ReadvFlags;
+use virtiofsd::passthrough::{self, PassthroughFs};
+use virtiofsd::soft_idmap::Id;
+
+use super::*;
+use crate::descriptors::Descriptors;
+
+/// The root of the share.
+const ROOT: Inode = 1;
+/// Descriptors that there are.
+const MOST: usize = 8;
+
+/// What is read, or is to be written.
+struct Bytes(Vec<u8>);
+
+impl ZeroCopyWriter for &mut Bytes {
+    fn read_from_file_at(&mut self, file: &File, count: usize, offset: u64, _: Option<ReadvFlags>) -> io::Result<usize> {
+        self.0 = vec![0; count];
+        let length = file.read_at(&mut self.0, offset)?;
+        self.0.truncate(length);
+        Ok(length)
+    }
+}
+
+impl ZeroCopyReader for &Bytes {
+    fn write_to_file_at(&mut self, file: &File, count: usize, offset: u64, flags: Option<WritevFlags>) -> io::Result<usize> {
+        assert_eq!(flags.map(|flags| flags.bits()), None);
+        file.write_at(&self.0[..count], offset)
+    }
+}
+
+fn context() -> Context {
+    Context::from(InHeader::default())
+}
+
+fn files(folder: &Path) -> Files {
+    let attributes = XattrMap::try_from("/prefix/all/trusted./user.virtiofs./ /bad/client/user.virtiofs.// /ok/all///").unwrap();
+    let config = passthrough::Config {
+        root_dir: folder.to_str().unwrap().into(),
+        xattr: true,
+        xattrmap: Some(attributes.clone()),
+        ..passthrough::Config::default()
+    };
+    let fs = PassthroughFs::new(config).unwrap();
+    fs.open_root_node().unwrap();
+    let share = Share::new(fs, true, false, Arc::new(Descriptors::new(1000, || ())));
+    let descriptors = File::open("/proc/self/fd").unwrap();
+    Files::new(
+        share,
+        Rules { descriptors, attributes, ids: Some(65_536), attr_timeout: Duration::from_secs(1), caches: true, room: Room::new(MOST) },
+    )
+}
+
+fn wanted(flags: i32) -> CreateIn {
+    CreateIn { flags: (libc::O_RDWR | flags).cast_unsigned(), mode: libc::S_IFREG | 0o666, umask: 0o027, open_flags: 0 }
+}
+
+fn make(files: &Files) -> (Entry, Handle) {
+    let (entry, handle, _) = files.make(context(), ROOT, &wanted(0)).unwrap();
+    (entry, handle)
+}
+
+fn write(files: &Files, inode: Inode, handle: Handle, offset: u64, text: &str) {
+    let bytes = Bytes(text.into());
+    let written = files.write(context(), inode, handle, &bytes, text.len() as u32, offset, None, false, true, 0).unwrap();
+    assert_eq!(written, text.len());
+}
+
+fn read(files: &Files, inode: Inode, handle: Handle) -> String {
+    let mut bytes = Bytes(Vec::new());
+    files.read(context(), inode, handle, &mut bytes, 100, 0, None, 0).unwrap();
+    String::from_utf8(bytes.0).unwrap()
+}
+
+fn release(files: &Files, inode: Inode, handle: Handle) {
+    files.release(context(), inode, 0, handle, false, false, None).unwrap();
+}
+
+/// The number of the error that something ends with.
+fn errno<T>(outcome: io::Result<T>) -> i32 {
+    outcome.err().unwrap().raw_os_error().unwrap()
+}
+
+#[test]
+fn a_file_without_a_name_is_written_and_read_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let (entry, handle) = make(&files);
+    assert_eq!((entry.attr.nlink, entry.attr.mode & 0o7777), (0, 0o640));
+    write(&files, entry.inode, handle, 2, "text");
+    assert_eq!(read(&files, entry.inode, handle), "\0\0text");
+    // It may be opened once more, by what /proc calls it.
+    let again = files.open(context(), entry.inode, false, 0).unwrap().0.unwrap();
+    assert_eq!(read(&files, entry.inode, again), "\0\0text");
+    assert_eq!(files.lseek(context(), entry.inode, again, 0, libc::SEEK_HOLE.cast_unsigned()).unwrap(), 6);
+    files.fallocate(context(), entry.inode, again, 0, 0, 4096).unwrap();
+    assert_eq!(files.getattr(context(), entry.inode, None).unwrap().0.size, 4096);
+    files.fsync(context(), entry.inode, true, again).and_then(|()| files.flush(context(), entry.inode, again, 0)).unwrap();
+    assert!(files.statfs(context(), entry.inode).unwrap().f_blocks > 0);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    [handle, again].iter().for_each(|handle| release(&files, entry.inode, *handle));
+    files.forget(context(), entry.inode, 1);
+    let known = files.known();
+    assert_eq!((known.files.len(), known.open.len()), (0, 0));
+    drop(known);
+    assert_eq!(errno(files.getattr(context(), entry.inode, None)), libc::EBADF);
+    assert_eq!(errno(files.open(context(), entry.inode, false, 0)), libc::EBADF);
+}
+
+#[test]
+fn a_file_that_was_given_a_name_is_the_same_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let (made, handle) = make(&files);
+    write(&files, made.inode, handle, 0, "before");
+    let linked = files.link(context(), made.inode, ROOT, c"name").unwrap();
+    assert_eq!((linked.inode, linked.attr.nlink, linked.attr.size), (made.inode, 1, 6));
+    assert_eq!(files.lookup(context(), ROOT, c"name").unwrap().inode, made.inode);
+    assert_eq!(files.link(context(), made.inode, ROOT, c"second").unwrap().inode, made.inode);
+    assert_eq!(files.create(context(), ROOT, c"name", 0, false, 0, 0, Extensions::default()).unwrap().0.inode, made.inode);
+    // What was opened before goes on, as does what is opened by a name.
+    let named = files.open(context(), made.inode, false, libc::O_RDWR.cast_unsigned()).unwrap().0.unwrap();
+    write(&files, made.inode, handle, 0, "after!");
+    assert_eq!(
+        (read(&files, made.inode, named), fs::read_to_string(folder.path().join("second")).unwrap()),
+        ("after!".into(), "after!".into())
+    );
+    let size = SetattrIn { size: 3, ..SetattrIn::default() };
+    assert_eq!(files.setattr(context(), made.inode, size, Some(handle), SetattrValid::SIZE).unwrap().0.size, 3);
+    [handle, named].iter().for_each(|handle| release(&files, made.inode, *handle));
+    // It was told of: made, linked, looked up, linked again, created. At the last it is the share's alone.
+    files.forget(context(), made.inode, 4);
+    assert!(files.getattr(context(), made.inode, None).is_ok());
+    files.batch_forget(context(), vec![(made.inode, 1)]);
+    assert!(files.known().files.is_empty() && files.known().named.is_empty());
+    assert_eq!(errno(files.getattr(context(), made.inode, None)), libc::EBADF);
+    assert!(files.lookup(context(), ROOT, c"second").unwrap().inode < FIRST);
+}
+
+#[test]
+fn a_file_without_a_name_has_what_others_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let (made, handle) = make(&files);
+    let set = |wanted: SetattrIn, valid| files.setattr(context(), made.inode, wanted, None, valid).unwrap().0;
+    write(&files, made.inode, handle, 0, "text");
+    assert_eq!(set(SetattrIn { mode: 0o4711, ..SetattrIn::default() }, SetattrValid::MODE).mode, libc::S_IFREG | 0o4711);
+    let times = SetattrIn { atime: 5, mtime: 7, mtimensec: 9, ..SetattrIn::default() };
+    let attr = set(times, SetattrValid::ATIME | SetattrValid::MTIME);
+    assert_eq!((attr.atime, attr.mtime, attr.mtimensec), (5, 7, 9));
+    let attr = set(times, SetattrValid::MTIME | SetattrValid::MTIME_NOW);
+    assert!(attr.atime == 5 && attr.mtime > 7);
+    assert_eq!(set(SetattrIn { size: 2, ..SetattrIn::default() }, SetattrValid::SIZE).size, 2);
+    let value = |name, size| files.getxattr(context(), made.inode, name, size);
+    for name in [c"user.one", c"trusted.two"] {
+        files.setxattr(context(), made.inode, name, b"value", 0, SetxattrFlags::empty()).unwrap();
+        assert!(matches!(value(name, 0).unwrap(), GetxattrReply::Count(5)));
+        assert!(matches!(value(name, 9).unwrap(), GetxattrReply::Value(value) if value == b"value"));
+    }
+    assert_eq!(errno(value(c"user.one", 3)), libc::ERANGE);
+    assert_eq!(errno(value(c"user.none", 3)), libc::ENODATA);
+    // What the guest calls trusted the host keeps under another name, which the guest cannot use itself.
+    assert_eq!(errno(value(c"user.virtiofs.trusted.two", 9)), libc::ENODATA);
+    assert_eq!(errno(files.removexattr(context(), made.inode, c"user.virtiofs.trusted.two")), libc::EPERM);
+    let names = || match files.listxattr(context(), made.inode, 1000).unwrap() {
+        ListxattrReply::Names(names) => String::from_utf8(names).unwrap(),
+        ListxattrReply::Count(count) => panic!("{count}"),
+    };
+    let mut listed: Vec<String> = names().split_terminator('\0').map(String::from).collect();
+    listed.sort();
+    assert_eq!(listed, ["trusted.two", "user.one"]);
+    [c"user.one", c"trusted.two"].iter().for_each(|name| files.removexattr(context(), made.inode, name).unwrap());
+    assert_eq!(names(), "");
+}
+
+#[test]
+fn who_writes_a_file_that_runs_as_its_owner_takes_that_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let (made, handle) = make(&files);
+    let mode = SetattrIn { mode: 0o4755, ..SetattrIn::default() };
+    files.setattr(context(), made.inode, mode, None, SetattrValid::MODE).unwrap();
+    write(&files, made.inode, handle, 0, "text");
+    assert_eq!(files.getattr(context(), made.inode, None).unwrap().0.mode & 0o7777, 0o755);
+}
+
+#[test]
+fn ranges_are_copied_between_files_with_and_without_a_name() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "0123456789").unwrap();
+    let files = files(folder.path());
+    let (made, handle) = make(&files);
+    let file = files.lookup(context(), ROOT, c"file").unwrap().inode;
+    let open = files.open(context(), file, false, libc::O_RDWR.cast_unsigned()).unwrap().0.unwrap();
+    assert_eq!(files.copyfilerange(context(), file, open, 3, made.inode, handle, 1, 4, 0).unwrap(), 4);
+    assert_eq!(read(&files, made.inode, handle), "\x003456");
+    assert_eq!(files.copyfilerange(context(), made.inode, handle, 1, file, open, 8, 4, 0).unwrap(), 4);
+    assert_eq!(fs::read_to_string(folder.path().join("file")).unwrap(), "012345673456");
+    assert_eq!(errno(files.copyfilerange(context(), file, handle, 0, made.inode, handle, 0, 1, 0)), libc::EBADF);
+}
+
+#[test]
+fn a_name_is_given_where_one_may_be_made() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("c/snapshot/fs")).unwrap();
+    fs::write(folder.path().join("there"), "").unwrap();
+    let files = files(folder.path());
+    let find = |parent, name| files.lookup(context(), parent, name).unwrap().inode;
+    let snapshot = find(find(ROOT, c"c"), c"snapshot");
+    let upper = find(snapshot, c"fs");
+    let (made, _) = make(&files);
+    let link = |parent, name| files.link(context(), made.inode, parent, name);
+    assert_eq!(errno(files.make(context(), snapshot, &wanted(0))), libc::EPERM);
+    assert_eq!(errno(link(snapshot, c"evil")), libc::EPERM);
+    for name in [c"c/snapshot/evil", c"../evil", c".", c""] {
+        assert_eq!(errno(link(upper, name)), libc::EINVAL, "{name:?}");
+    }
+    assert_eq!(errno(link(ROOT, c"there")), libc::EEXIST);
+    assert_eq!(errno(link(find(ROOT, c"there"), c"x")), libc::ENOTDIR);
+    assert_eq!(errno(files.make(context(), find(ROOT, c"there"), &wanted(0))), libc::ENOTDIR);
+    assert_eq!(errno(files.make(context(), made.inode, &wanted(0))), libc::EBADF);
+    let (never, ..) = files.make(context(), ROOT, &wanted(libc::O_EXCL)).unwrap();
+    assert_eq!(errno(files.link(context(), never.inode, ROOT, c"x")), libc::ENOENT);
+    assert_eq!(fs::read_dir(folder.path().join("c/snapshot")).unwrap().count(), 1);
+    assert_eq!(link(upper, c"name").unwrap().inode, made.inode);
+    assert!(folder.path().join("c/snapshot/fs/name").exists());
+}
+
+#[test]
+fn a_file_is_made_as_who_asks_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let ask = |uid: u32, gid: u32| {
+        let header = InHeader { uid: uid.into(), gid: gid.into(), ..InHeader::default() };
+        files.make(Context::from(header), ROOT, &wanted(0)).map(|(entry, ..)| (entry.attr.uid.into_inner(), entry.attr.gid.into_inner()))
+    };
+    assert_eq!(ask(1000, 100).unwrap(), (1000, 100));
+    // Nor has the thread become such a user since.
+    assert_eq!(errno(ask(65_536, 0)), libc::EPERM);
+    assert_eq!(errno(ask(0, 65_536)), libc::EPERM);
+    let own = fs::metadata("/proc/thread-self").unwrap();
+    assert_eq!(ask(0, 0).unwrap(), (own.uid(), own.gid()));
+}
+
+#[test]
+fn no_more_descriptors_are_held_than_there_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let made: Vec<_> = (0..MOST).map(|_| make(&files)).collect();
+    let inode = |number: usize| made[number].0.inode;
+    assert_eq!(errno(files.make(context(), ROOT, &wanted(0))), libc::ENFILE);
+    assert_eq!(errno(files.open(context(), inode(0), false, 0)), libc::ENFILE);
+    // One that is closed is still known, and one that is forgotten still open.
+    release(&files, inode(0), made[0].1);
+    files.forget(context(), inode(1), 1);
+    assert_eq!(errno(files.make(context(), ROOT, &wanted(0))), libc::ENFILE);
+    files.forget(context(), inode(0), 1);
+    let again = files.open(context(), inode(2), false, 0).unwrap().0.unwrap();
+    assert_eq!(errno(files.make(context(), ROOT, &wanted(0))), libc::ENFILE);
+    release(&files, inode(2), again);
+    make(&files);
+    // One that has a name takes those of the share.
+    files.link(context(), inode(3), ROOT, c"name").unwrap();
+    release(&files, inode(3), made[3].1);
+    make(&files);
+    files.destroy();
+    files.init(FsOptions::empty()).unwrap();
+    (0..MOST).map(|_| make(&files)).for_each(|(entry, _)| assert!(entry.inode >= FIRST));
+}
