@@ -34,7 +34,7 @@ const NEXT_HOP: usize = 8;
 
 /// Brings the loopback interface of the calling thread's namespace up.
 pub fn loopback_up() -> Result<()> {
-    sys::interface_up(&socket_of_interfaces()?, "lo").context("bring the loopback interface up")
+    sys::set_interface_up(&socket_of_interfaces()?, "lo", true).context("bring the loopback interface up")
 }
 
 /// The guest's interfaces, by the indexes that they have on the host.
@@ -60,18 +60,25 @@ impl Network {
                 self.0.remove(index);
             }
         }
+        // Out of the way first: one may have the name that another had.
+        for interface in &request.changed {
+            if let Some(nic) = self.0.get_mut(&interface.host_index).filter(|nic| nic.name != interface.name) {
+                let index = nic.index;
+                nic.rename(&format!("caisson{index}")).with_context(|| format!("rename interface {}", nic.name))?;
+            }
+        }
         for interface in &request.interfaces {
             match self.0.entry(interface.host_index) {
                 Entry::Vacant(entry) => {
                     entry.insert(bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?);
                 }
                 // The host did not hear that it is there.
-                Entry::Occupied(entry) => set_shape(&socket_of_interfaces()?, &entry.get().name, interface)?,
+                Entry::Occupied(mut entry) => entry.get_mut().shape(interface)?,
             }
         }
         for interface in &request.changed {
-            let Some(nic) = self.0.get(&interface.host_index) else { continue };
-            set_shape(&socket_of_interfaces()?, &nic.name, interface).with_context(|| format!("change interface {}", nic.name))?;
+            let Some(nic) = self.0.get_mut(&interface.host_index) else { continue };
+            nic.shape(interface).with_context(|| format!("change interface {}", interface.name))?;
         }
         if request.messages.is_empty() {
             return Ok(());
@@ -87,12 +94,28 @@ fn socket_of_interfaces() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
 }
 
-/// Gives an interface its MTU and its address.
-fn set_shape(socket: &OwnedFd, name: &str, interface: &Interface) -> Result<()> {
-    let mtu = i32::try_from(interface.mtu).with_context(|| format!("an MTU of {} is too large", interface.mtu))?;
-    sys::set_mtu(socket, name, mtu).with_context(|| format!("set its MTU to {mtu}"))?;
-    let mac = <[u8; 6]>::try_from(interface.mac.as_slice()).context("its address is not one of 6 bytes")?;
-    sys::set_mac(socket, name, mac).context("set its address")
+impl Nic {
+    /// Makes it what the host's is.
+    fn shape(&mut self, interface: &Interface) -> Result<()> {
+        if self.name != interface.name {
+            self.rename(&interface.name).context("name it")?;
+        }
+        let (socket, name) = (socket_of_interfaces()?, &self.name);
+        let mtu = i32::try_from(interface.mtu).with_context(|| format!("an MTU of {} is too large", interface.mtu))?;
+        sys::set_mtu(&socket, name, mtu).with_context(|| format!("set its MTU to {mtu}"))?;
+        let mac = <[u8; 6]>::try_from(interface.mac.as_slice()).context("its address is not one of 6 bytes")?;
+        sys::set_mac(&socket, name, mac).context("set its address")?;
+        sys::set_interface_up(&socket, name, interface.up).context("bring it up or down")
+    }
+
+    /// Gives it another name; it is down then, as kernels before 6.2 rename no other.
+    fn rename(&mut self, name: &str) -> Result<()> {
+        let socket = socket_of_interfaces()?;
+        sys::set_interface_up(&socket, &self.name, false)?;
+        sys::rename_interface(&socket, &self.name, name)?;
+        self.name = name.to_owned();
+        Ok(())
+    }
 }
 
 /// Connects to a TCP address here, and that with a port of the host, both ways until both have ended.
@@ -126,18 +149,14 @@ fn bring_up(interface: &Interface) -> Result<Nic> {
     name(device, interface).inspect_err(|_| drop(machine::forget_device(device)))
 }
 
-/// Names an interface, shapes it and brings it up.
+/// Finds an interface by its device, and makes it what the host's is.
 fn name(device: u32, interface: &Interface) -> Result<Nic> {
     let found = machine::class_dir(device, "net").context("find it")?;
     let name = found.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let index = std::fs::read_to_string(found.join("ifindex")).context("read its index")?.trim().parse().context("read its index")?;
-    let socket = socket_of_interfaces()?;
-    if name != interface.name {
-        sys::rename_interface(&socket, &name, &interface.name).context("name it")?;
-    }
-    set_shape(&socket, &interface.name, interface)?;
-    sys::interface_up(&socket, &interface.name)?;
-    Ok(Nic { index, name: interface.name.clone(), device })
+    let mut nic = Nic { index, name, device };
+    nic.shape(interface)?;
+    Ok(nic)
 }
 
 /// What a message of the host does: its type, its words for an error, and whether it adds.

@@ -72,13 +72,15 @@ pub fn set_mac(socket: &OwnedFd, name: &str, mac: [u8; 6]) -> io::Result<()> {
     Ok(Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) }).map(drop)?)
 }
 
-/// Brings an interface up.
-pub fn interface_up(socket: &OwnedFd, name: &str) -> io::Result<()> {
+/// Brings an interface up or down.
+pub fn set_interface_up(socket: &OwnedFd, name: &str, up: bool) -> io::Result<()> {
     let mut request = interface_request(name)?;
     // SAFETY: SIOCGIFFLAGS reads the name, which ends in a zero, and fills the flags of our ifreq.
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: the flags were filled by the call before.
-    unsafe { request.ifr_ifru.ifru_flags |= libc::IFF_UP as i16 };
+    let flags = unsafe { &mut request.ifr_ifru.ifru_flags };
+    let bit = libc::IFF_UP as i16;
+    *flags = if up { *flags | bit } else { *flags & !bit };
     // SAFETY: SIOCSIFFLAGS reads the name and the flags of our ifreq.
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })?;
     Ok(())

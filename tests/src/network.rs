@@ -15,6 +15,7 @@ pub const TESTS: &[Test] = &[
     ("an_interface_has_queues_for_each_vcpu_that_runs", an_interface_has_queues_for_each_vcpu_that_runs),
     ("changes_of_a_network_are_followed", changes_of_a_network_are_followed),
     ("interfaces_change_and_go_and_come_again", interfaces_change_and_go_and_come_again),
+    ("interfaces_have_the_names_and_routes_that_they_have_on_the_host", interfaces_have_the_names_and_routes_that_they_have_on_the_host),
     ("a_network_made_before_the_start_is_found", a_network_made_before_the_start_is_found),
     ("a_pod_without_a_network_has_loopback_alone", a_pod_without_a_network_has_loopback_alone),
     ("connections_within_the_namespace_reach_the_guest", connections_within_the_namespace_reach_the_guest),
@@ -224,6 +225,11 @@ fn interfaces_change_and_go_and_come_again() {
                 network.ip("link set net1 mtu 4000 address 02:00:00:00:00:77");
                 eventually(|| seen("mtu") == "4000" && seen("address") == "02:00:00:00:00:77", "the change did not arrive");
                 output(&pod, &format!("ping -c 1 -s 3500 10.10.{n}.1"));
+                network.ip("link set net1 down");
+                eventually(|| !output(&pod, "ip link show dev net1").contains(",UP"), "the interface did not go down");
+                network.ip("link set net1 up");
+                eventually(|| output(&pod, "ip link show dev net1").contains(",UP"), "the interface did not come up");
+                output(&pod, &format!("ping -c 1 10.10.{n}.1"));
             }
             shell(&format!("ip link del {host}"));
             eventually(|| seen("mtu") == "none", "the interface did not go");
@@ -233,6 +239,45 @@ fn interfaces_change_and_go_and_come_again() {
         let taps = shell(&format!("ip -n {name} -brief link | grep -c caisson"));
         assert_eq!(taps, "1");
     }
+}
+
+fn interfaces_have_the_names_and_routes_that_they_have_on_the_host() {
+    let network = Network::new();
+    let pod = network.pod();
+    let (name, n) = (&network.name, network.subnet);
+    shell(&format!("ip link add w{n} type veth peer name net1 netns {name}; ip addr add 10.10.{n}.1/24 dev w{n}; ip link set w{n} up"));
+    network.ip(&format!("addr add 10.10.{n}.2/24 dev net1"));
+    network.ip(&format!("addr add fd01:{n}::2/64 dev net1 nodad"));
+    network.ip("link set net1 up");
+    network.ip(&format!("route add 10.77.0.0/16 via 10.10.{n}.1"));
+    network.ip(&format!("route add fd77::/32 via fd01:{n}::1"));
+    let is_whole = |device: &str| {
+        let seen = output(&pod, &format!("ip addr show dev {device} 2>&1; ip route; ip -6 route"));
+        let parts = [
+            format!("10.10.{n}.2/24"),
+            format!("fd01:{n}::2/64"),
+            format!("10.77.0.0/16 via 10.10.{n}.1 dev {device}"),
+            format!("fd77::/32 via fd01:{n}::1 dev {device}"),
+        ];
+        parts.iter().all(|part| seen.contains(part)) && seen.contains(",UP")
+    };
+    eventually(|| is_whole("net1"), "the interface did not appear whole");
+    // The kernel of the host renames it as it is, or who does it has brought it down; either way it is whole afterwards.
+    network.ip("link set net1 name other");
+    eventually(|| is_whole("other"), "the interface was not renamed");
+    output(&pod, &format!("ping -c 1 10.10.{n}.1"));
+    // Two have each other's names.
+    network.ip("link set eth7 name spare");
+    network.ip("link set other name eth7");
+    network.ip("link set spare name other");
+    eventually(|| is_whole("eth7"), "the second interface was not renamed");
+    eventually(|| output(&pod, "ip addr show dev other 2>&1").contains(&format!("10.9.{n}.2/24")), "the first interface was not renamed");
+    output(&pod, &format!("ping -c 1 10.9.{n}.1 && ping -c 1 10.10.{n}.1"));
+    // One that is down keeps its addresses of IPv4 alone.
+    network.ip("link set eth7 down");
+    let down = || output(&pod, "ip addr show dev eth7; ip route; ip -6 route");
+    eventually(|| !down().contains("fd01:") && !down().contains("10.77.0.0/16"), "the interface did not go down");
+    assert!(down().contains(&format!("10.10.{n}.2/24")), "{}", down());
 }
 
 fn a_network_made_before_the_start_is_found() {

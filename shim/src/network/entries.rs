@@ -24,6 +24,11 @@ pub fn depends_only_on(entry: &RouteNetlinkMessage, has: impl Fn(u32) -> bool) -
     }
 }
 
+/// Whether the kernel leaves an entry alone when its interface is brought down, as it does with addresses of IPv4.
+pub fn is_kept_when_down(entry: &RouteNetlinkMessage) -> bool {
+    matches!(entry, RouteNetlinkMessage::NewAddress(address) if address.header.family == AddressFamily::Inet)
+}
+
 /// An address as the guest is to have it; `None` for one that its kernel makes by itself.
 pub fn replayed_address(mut message: AddressMessage, has: impl Fn(u32) -> bool) -> Option<AddressMessage> {
     let v6 = message.header.family == AddressFamily::Inet6;

@@ -39,7 +39,7 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, MulticastGroup, RouteMessageBuilder};
 
-use self::entries::{changes, depends_only_on, is_fixed_neighbour, is_own_rule, replayed_address, replayed_route};
+use self::entries::{changes, depends_only_on, is_fixed_neighbour, is_kept_when_down, is_own_rule, replayed_address, replayed_route};
 use self::forward::Forward;
 use self::join::TAP;
 use self::netns::Netns;
@@ -108,8 +108,8 @@ impl Network {
         Ok(Self { netns, path, handle, pairs, limit, join, known: tokio::sync::Mutex::default() })
     }
 
-    /// Attaches interfaces that are new, takes those away that are gone, and tells the guest of every
-    /// address, route, rule and neighbour that is new or gone.
+    /// Attaches interfaces that are new and up, takes those away that are gone, and tells the guest of every change of one,
+    /// and of every address, route, rule and neighbour that is new or gone.
     ///
     /// # Errors
     /// What could not be set up or was refused, by name.
@@ -120,11 +120,15 @@ impl Network {
         known.taps.retain(|tap| links.iter().any(|link| link.header.index == *tap));
         let mut request = ConfigureNetworkRequest::default();
         let mut told = Vec::new();
-        for link in links.iter().filter(|link| is_up(link)) {
+        for link in links.iter().filter(|link| link.header.link_layer_type == LinkLayerType::Ether) {
             if known.taps.contains(&link.header.index) {
                 continue;
             }
             let link = Link::read(link)?;
+            // One that has never been up is not ready.
+            if !link.up && !known.attached.contains_key(&link.index) {
+                continue;
+            }
             if !known.attached.contains_key(&link.index) {
                 self.attach(&link, &mut known, sandbox, store).await.with_context(|| format!("attach interface {}", link.name))?;
             }
@@ -133,8 +137,13 @@ impl Network {
                 continue;
             }
             self.bring_up(attached.tap, link.mtu).await?;
+            let renamed = attached.told.as_ref().is_some_and(|told| told.name != link.name);
             let list = if attached.told.is_some() { &mut request.changed } else { &mut request.interfaces };
             list.push(link.describe(attached.place));
+            // The guest may have to bring it down for that, and loses with it what it had.
+            if renamed {
+                known.entries.retain(|entry| is_kept_when_down(entry) || depends_only_on(entry, |index| index != link.index));
+            }
             told.push(link);
         }
         let entries = self.entries(&known).await?;
@@ -325,11 +334,6 @@ async fn remove_gone(links: &[LinkMessage], known: &mut Known, sandbox: &Sandbox
     Ok(())
 }
 
-/// Whether an interface is one that the guest is to have.
-fn is_up(link: &LinkMessage) -> bool {
-    link.header.link_layer_type == LinkLayerType::Ether && link.header.flags.contains(LinkFlags::Up)
-}
-
 /// An interface of the namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Link {
@@ -337,6 +341,7 @@ struct Link {
     name: String,
     mac: [u8; 6],
     mtu: u16,
+    up: bool,
 }
 
 impl Link {
@@ -353,13 +358,13 @@ impl Link {
         let name = name.with_context(|| format!("interface {}: it has no name", message.header.index))?;
         let mac = mac.with_context(|| format!("interface {name}: it has no Ethernet address"))?;
         let mtu = u16::try_from(mtu.unwrap_or(1500)).with_context(|| format!("interface {name}: its MTU is over 65535"))?;
-        Ok(Self { index: message.header.index, name, mac, mtu })
+        Ok(Self { index: message.header.index, name, mac, mtu, up: message.header.flags.contains(LinkFlags::Up) })
     }
 
     /// As the guest is told of it.
     fn describe(&self, place: u32) -> Interface {
         let (mtu, mac) = (u32::from(self.mtu), self.mac.to_vec());
-        Interface { place, host_index: self.index, name: self.name.clone(), mtu, mac, ..Interface::default() }
+        Interface { place, host_index: self.index, name: self.name.clone(), mtu, mac, up: self.up, ..Interface::default() }
     }
 }
 

@@ -159,8 +159,15 @@ fn guests_view() -> ConfigureNetworkRequest {
     let mut address: AddressMessage = AddressMessageBuilder::<Ipv4Addr>::new().index(INDEX).address(ADDRESS, PREFIX).build();
     address.attributes.push(AddressAttribute::Local(ADDRESS.into()));
     let route = RouteMessageBuilder::<Ipv4Addr>::new().gateway(GATEWAY).output_interface(INDEX).build();
-    let interface =
-        Interface { place: 0, host_index: INDEX, name: INTERFACE.into(), mtu: MTU.into(), mac: MAC.into(), ..Interface::default() };
+    let interface = Interface {
+        place: 0,
+        host_index: INDEX,
+        name: INTERFACE.into(),
+        mtu: MTU.into(),
+        mac: MAC.into(),
+        up: true,
+        ..Interface::default()
+    };
     let messages = [RouteNetlinkMessage::NewAddress(address), RouteNetlinkMessage::NewRoute(route)].map(serialize);
     ConfigureNetworkRequest { interfaces: vec![interface], messages: messages.into(), ..ConfigureNetworkRequest::default() }
 }
