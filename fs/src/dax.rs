@@ -22,6 +22,8 @@ use crate::request::{answer, read};
 /// From this size on a file is mapped: each takes a range of the window, of 2 MiB (`FUSE_DAX_SHIFT` of Linux), however
 /// small it is.
 const LEAST_BYTES: u64 = 512 << 10;
+/// Of the guest's memory.
+const PAGE_BYTES: u32 = 4096;
 /// The most mappings that one request removes: more than there are in a window.
 const MOST_REMOVED: u32 = 4096;
 
@@ -93,9 +95,31 @@ impl Dax {
     }
 }
 
-/// Says of a file whether the guest is to map it.
+/// Says of a file whether the guest is to map it, and that it is made of pages, whatever its file system reads best: of files
+/// that are not, Linux never gives back what it has mapped (`dax_writeback_mapping_range`), until there is no room in the window.
 pub const fn mark(attr: &mut Attr) {
-    if attr.mode & libc::S_IFMT == libc::S_IFREG && attr.size >= LEAST_BYTES {
+    if attr.mode & libc::S_IFMT != libc::S_IFREG {
+        return;
+    }
+    attr.blksize = PAGE_BYTES;
+    if attr.size >= LEAST_BYTES {
         attr.flags |= ATTR_DAX;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_made_of_pages_and_large_ones_are_mapped() {
+        let marked = |mode, size| {
+            let mut attr = Attr { mode, size, blksize: 1 << 20, ..Attr::default() };
+            mark(&mut attr);
+            (attr.blksize, attr.flags)
+        };
+        assert_eq!(marked(libc::S_IFREG | 0o644, LEAST_BYTES), (PAGE_BYTES, ATTR_DAX));
+        assert_eq!(marked(libc::S_IFREG | 0o644, LEAST_BYTES - 1), (PAGE_BYTES, 0));
+        assert_eq!(marked(libc::S_IFDIR | 0o755, LEAST_BYTES), (1 << 20, 0));
     }
 }

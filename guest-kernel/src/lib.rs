@@ -12,8 +12,11 @@ use anyhow::{Context, Result, bail};
 pub const FRAGMENT: &str = include_str!("../kernel.config");
 
 /// What is changed in the source: each patch with its reason above it.
-pub const PATCHES: &[&str] =
-    &[include_str!("../patches/overlayfs-removed-names.patch"), include_str!("../patches/page-reporting-at-rest.patch")];
+pub const PATCHES: &[&str] = &[
+    include_str!("../patches/fuse-data-in-pages.patch"),
+    include_str!("../patches/overlayfs-removed-names.patch"),
+    include_str!("../patches/page-reporting-at-rest.patch"),
+];
 
 /// Names how [`build`] builds; to be changed with it, so that kept kernels are built anew.
 pub const RECIPE: &str = "allnoconfig, strip --strip-all, 1";

@@ -12,6 +12,7 @@ mod ctr;
 mod deploy;
 mod disks;
 mod events;
+mod exercise;
 mod faults;
 mod fire;
 mod host;
@@ -108,9 +109,13 @@ fn main() {
     if std::env::args().next().is_some_and(|name| name.ends_with(hostile::peers::MONITOR)) {
         return hostile::peers::monitor();
     }
-    let mut words = std::env::args().skip(1);
-    if words.next().as_deref() == Some("bench") {
-        return bench::run(words.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(5));
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["bench", rounds] => return bench::run(rounds.parse().expect("a number of rounds")),
+        ["exercise", folder, seed, steps] => {
+            return exercise::run(folder, seed.parse().expect("a seed"), steps.parse().expect("a number of steps"));
+        }
+        _ => {}
     }
     let mut arguments = Arguments::from_args();
     // One at a time: what a test sees on the node is its own.

@@ -5,6 +5,7 @@ use k8s_cri::v1::{Mount, StartContainerRequest};
 use crate::Test;
 use crate::cri::{Pod, SLEEP};
 use crate::ctr::{NODES_PROGRAMS, Pod as PodOfCtr, RUNTIME, ctr, id, run, run_pod, shell};
+use crate::exercise;
 use crate::faults::Config;
 use crate::host::eventually;
 
@@ -30,6 +31,7 @@ pub const TESTS: &[Test] = &[
 pub const ALONE: &[Test] = &[
     ("writes_that_the_guest_collects_reach_the_host", writes_that_the_guest_collects_reach_the_host),
     ("a_file_in_a_window_is_the_hosts_own_memory", a_file_in_a_window_is_the_hosts_own_memory),
+    ("files_hold_what_was_done_to_them_however_they_are_kept", files_hold_what_was_done_to_them_however_they_are_kept),
 ];
 
 /// A folder of the host with a file system mounted in it, both in a shared tree as systemd makes it.
@@ -157,6 +159,29 @@ fn a_quota_of_the_host_holds_in_a_pod() {
     let output =
         run_pod(&["--mount", &mount], &["sh", "-c", "dd if=/dev/zero of=/data/root bs=64k count=64 2> /dev/null && stat -c %s /data/root"]);
     assert_eq!((output.code, output.stdout.as_str()), (0, "4194304\n"), "{output:?}");
+    shell(&format!("umount {folder} && rmdir {folder} && rm {folder}.img"));
+}
+
+fn files_hold_what_was_done_to_them_however_they_are_kept() {
+    let folder = format!("/tmp/{}", id("exercise"));
+    shell(&format!(
+        "modprobe loop; mkdir {folder} && truncate -s 256M {folder}.img && mkfs.ext4 -q {folder}.img && mount -o loop {folder}.img {folder}"
+    ));
+    let data = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
+    let share = "type=bind,src=/share,dst=/share,options=rbind:ro";
+    let mounts = [&["--mount", &data, "--mount", share], &NODES_PROGRAMS[..]].concat();
+    let ways = ["fs.cache = \"auto\"", "fs.cache = \"never\"", "fs.cache = \"always\"", "fs.writeback = true", "fs.window_mib = 64"];
+    for (number, way) in ways.iter().enumerate() {
+        let _settings = Config::set(way);
+        let seeds = [2 * number + 1, 2 * number + 2];
+        let script = seeds.map(|seed| format!("mkdir /data/{seed} && /share/node-tests exercise /data/{seed} {seed} 300")).join(" && ");
+        let output = run_pod(&mounts, &["sh", "-c", &script]);
+        // The kernel maps nothing of what it may not keep.
+        let mapped = if way.contains("never") { "never mapped" } else { "mapped" };
+        let on_host = |seed| exercise::sum(&std::fs::read(format!("{folder}/{seed}/{}", exercise::FILE)).unwrap());
+        let expected: String = seeds.iter().map(|seed| format!("{:x} {mapped}\n", on_host(seed))).collect();
+        assert_eq!((output.code, output.stdout.as_str()), (0, expected.as_str()), "{way}: {output:?}");
+    }
     shell(&format!("umount {folder} && rmdir {folder} && rm {folder}.img"));
 }
 
