@@ -7,7 +7,7 @@
 //! (docs/decisions/007 says why no netlink library does it).
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -49,44 +49,53 @@ struct Nic {
 }
 
 impl Network {
-    /// Removes interfaces, brings new ones up and applies changes, in order.
+    /// Removes interfaces, makes others what they are on the host, and applies messages, in order. What cannot be done keeps
+    /// nothing else from being done.
     ///
     /// # Errors
-    /// The first that could not be done, and why; those after it are not tried.
+    /// The first that could not be done, and why.
     pub fn configure(&mut self, request: ConfigureNetworkRequest) -> Result<()> {
+        let mut outcome = Ok(());
+        let mut note = |done: Result<()>| outcome = std::mem::replace(&mut outcome, Ok(())).and(done);
         for index in &request.removed {
             if let Some(nic) = self.0.get(index) {
-                machine::forget_device(nic.device).with_context(|| format!("remove interface {}", nic.name))?;
-                self.0.remove(index);
+                match machine::forget_device(nic.device).with_context(|| format!("remove interface {}", nic.name)) {
+                    Ok(()) => drop(self.0.remove(index)),
+                    error => note(error),
+                }
             }
         }
         // Out of the way first: one may have the name that another had.
-        for interface in &request.changed {
+        for interface in &request.interfaces {
             if let Some(nic) = self.0.get_mut(&interface.host_index).filter(|nic| nic.name != interface.name) {
                 let index = nic.index;
-                nic.rename(&format!("caisson{index}")).with_context(|| format!("rename interface {}", nic.name))?;
+                note(nic.rename(&format!("caisson{index}")).with_context(|| format!("rename interface {}", nic.name)));
             }
         }
-        for interface in &request.interfaces {
-            match self.0.entry(interface.host_index) {
-                Entry::Vacant(entry) => {
-                    entry.insert(bring_up(interface).with_context(|| format!("bring up interface {}", interface.name))?);
-                }
-                // The host did not hear that it is there.
-                Entry::Occupied(mut entry) => entry.get_mut().shape(interface)?,
+        let (known, new): (Vec<_>, Vec<_>) = request.interfaces.iter().partition(|interface| self.0.contains_key(&interface.host_index));
+        for interface in known {
+            if let Some(nic) = self.0.get_mut(&interface.host_index) {
+                note(nic.shape(interface).with_context(|| format!("change interface {}", interface.name)));
             }
         }
-        for interface in &request.changed {
-            let Some(nic) = self.0.get_mut(&interface.host_index) else { continue };
-            nic.shape(interface).with_context(|| format!("change interface {}", interface.name))?;
+        for interface in new {
+            match bring_up(interface).with_context(|| format!("bring up interface {}", interface.name)) {
+                Ok(nic) => drop(self.0.insert(interface.host_index, nic)),
+                Err(error) => note(Err(error)),
+            }
         }
-        if request.messages.is_empty() {
-            return Ok(());
+        if !request.messages.is_empty() {
+            note(self.replay(request.messages));
         }
+        outcome
+    }
+
+    /// Applies messages of the host.
+    fn replay(&self, messages: Vec<Vec<u8>>) -> Result<()> {
         let indexes: HashMap<u32, u32> = self.0.iter().map(|(host, nic)| (*host, nic.index)).chain([(LOOPBACK, LOOPBACK)]).collect();
         let kernel = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
             .context("open a netlink socket")?;
-        request.messages.into_iter().try_for_each(|message| replay(&kernel, message, &indexes))
+        messages.into_iter().map(|message| replay(&kernel, message, &indexes)).fold(Ok(()), Result::and)
     }
 }
 
@@ -108,11 +117,17 @@ impl Nic {
         sys::set_interface_up(&socket, name, interface.up).context("bring it up or down")
     }
 
-    /// Gives it another name; it is down then, as kernels before 6.2 rename no other.
+    /// Gives it another name; kernels before 6.2 rename only what is down, and it stays so.
     fn rename(&mut self, name: &str) -> Result<()> {
         let socket = socket_of_interfaces()?;
-        sys::set_interface_up(&socket, &self.name, false)?;
-        sys::rename_interface(&socket, &self.name, name)?;
+        let is_up = |error: &io::Error| error.raw_os_error() == Some(libc::EBUSY);
+        match sys::rename_interface(&socket, &self.name, name) {
+            Err(error) if is_up(&error) => {
+                sys::set_interface_up(&socket, &self.name, false)?;
+                sys::rename_interface(&socket, &self.name, name)?;
+            }
+            outcome => outcome?,
+        }
         self.name = name.to_owned();
         Ok(())
     }

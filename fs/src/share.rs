@@ -156,7 +156,8 @@ impl Share {
         act(&self.file(ctx, folder, false)?)
     }
 
-    fn mark(&self, attr: &mut Attr) {
+    /// Says of a file what a guest with a window needs to hear.
+    pub fn mark(&self, attr: &mut Attr) {
         if self.maps {
             dax::mark(attr);
         }
@@ -170,16 +171,6 @@ impl Share {
     /// Notes that the guest has a file open, when it has.
     fn hold(&self, handle: Option<Handle>) -> Option<Handle> {
         handle.inspect(|_| self.descriptors.take())
-    }
-
-    /// The guest forgets a file, once for each time that it was told of it.
-    fn forget_one(&self, ctx: Context, inode: Inode, count: u64) {
-        self.fs.forget(ctx, inode, count);
-        // It may have been told of it again meanwhile. The server says that it knows no such file otherwise.
-        if self.fs.getattr(ctx, inode, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)) {
-            self.descriptors.give_back();
-            self.seal.forget(inode);
-        }
     }
 
     fn opened(&self) -> Option<MutexGuard<'_, Opened>> {
@@ -254,15 +245,11 @@ impl FileSystem for Share {
         if let Some(mut opened) = self.opened() {
             opened.forget(inode);
         }
-        self.forget_one(ctx, inode, count);
-    }
-
-    fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
-        if let Some(mut opened) = self.opened() {
-            requests.iter().for_each(|(inode, _)| opened.forget(*inode));
-        }
-        for (inode, count) in requests {
-            self.forget_one(ctx, inode, count);
+        self.fs.forget(ctx, inode, count);
+        // It may have been told of it again meanwhile. The server says that it knows no such file otherwise.
+        if self.fs.getattr(ctx, inode, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)) {
+            self.descriptors.give_back();
+            self.seal.forget(inode);
         }
     }
 

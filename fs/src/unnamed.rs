@@ -111,10 +111,15 @@ impl Files {
     /// Makes a file without a name in a folder, and opens it.
     ///
     /// # Errors
-    /// Those of open(2); `EOPNOTSUPP` where the file system of the host knows no such files.
+    /// Those of open(2); `EOPNOTSUPP` where the file system of the host knows no such files, and for a guest's overlayfs.
     pub fn make(&self, ctx: Context, folder: Inode, wanted: &CreateIn) -> io::Result<(Entry, Handle, OpenOptions)> {
+        // It asks without the flag. When it has copied a file up so, it goes on by the name that the file was made with, which is
+        // none, and takes it for gone when it is told so; Linux has that as late as 6.12.
+        if wanted.flags.cast_signed() & libc::O_TMPFILE != libc::O_TMPFILE {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         let unnamed = self.share.within(ctx, folder, |open| Unnamed::make(&self.rules, ctx, (folder, open), wanted))?;
-        let attr = unnamed.attr()?;
+        let attr = self.attr(&unnamed)?;
         let mut known = self.known_mut();
         let inode = known.number();
         let handle = known.open(inode, Arc::clone(&unnamed.file));
@@ -137,6 +142,12 @@ impl Files {
 
     fn known_mut(&self) -> RwLockWriteGuard<'_, Known> {
         self.known.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attr(&self, unnamed: &Unnamed) -> io::Result<Attr> {
+        let mut attr = unnamed.attr()?;
+        self.share.mark(&mut attr);
+        Ok(attr)
     }
 
     /// Nobody but the guest changes such a file, so it keeps what it has of it.
@@ -183,10 +194,13 @@ impl Files {
     fn name(&self, ctx: Context, ours: Inode, unnamed: &Unnamed, folder: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         self.share.within(ctx, folder, |folder| unnamed.link(&self.rules, folder, name))?;
-        let entry = self.share.lookup(ctx, folder, name)?;
+        let entry = self.share.lookup(ctx, folder, name).inspect_err(|_| {
+            // A name that the guest does not hear of would be there all the same.
+            let _ = self.share.unlink(ctx, folder, name);
+        })?;
         // Somebody of the host may have put another in its place since.
         if entry.attr.ino != unnamed.attr()?.ino {
-            return Ok(entry);
+            return Ok(self.told(entry));
         }
         let mut known = self.known_mut();
         known.files.insert(ours, Place::Share { inode: entry.inode, untold: true });
@@ -194,23 +208,12 @@ impl Files {
         Ok(Entry { inode: ours, ..entry })
     }
 
-    fn forget_one(&self, ctx: Context, inode: Inode, count: u64) {
-        if inode < FIRST {
-            return self.share.forget(ctx, inode, count);
-        }
-        let mut known = self.known_mut();
-        let Some(Place::Share { inode: of_share, untold }) = known.files.get_mut(&inode) else {
-            let gone = known.files.remove(&inode);
-            drop(known);
-            // The host frees what it held, which may take a while.
-            return drop(gone);
-        };
-        let (of_share, untold) = (*of_share, std::mem::take(untold));
-        drop(known);
-        self.share.forget(ctx, of_share, count.saturating_sub(untold.into()));
+    /// What the guest has forgotten of a file of the share's is not ours any more, once that has it no longer.
+    fn forget_named(&self, ctx: Context, of_share: Inode) {
+        let Some(ours) = self.known().named.get(&of_share).copied() else { return };
         if self.share.getattr(ctx, of_share, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)) {
             let mut known = self.known_mut();
-            known.files.remove(&inode);
+            known.files.remove(&ours);
             known.named.remove(&of_share);
         }
     }
@@ -263,14 +266,27 @@ impl FileSystem for Files {
     type Handle = Handle;
     type DirIter = DirIter;
 
-    fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        self.forget_one(ctx, inode, count);
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        *self.known_mut() = Known::default();
+        self.share.init(capable)
     }
 
-    fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
-        let (ours, of_share): (Vec<_>, Vec<_>) = requests.into_iter().partition(|(inode, _)| *inode >= FIRST);
-        ours.into_iter().for_each(|(inode, count)| self.forget_one(ctx, inode, count));
-        self.share.batch_forget(ctx, of_share);
+    fn forget(&self, ctx: Context, inode: Inode, count: u64) {
+        if inode < FIRST {
+            self.share.forget(ctx, inode, count);
+            return self.forget_named(ctx, inode);
+        }
+        let mut known = self.known_mut();
+        let Some(Place::Share { inode: of_share, untold }) = known.files.get_mut(&inode) else {
+            let gone = known.files.remove(&inode);
+            drop(known);
+            // The host frees what it held, which may take a while.
+            return drop(gone);
+        };
+        let (of_share, untold) = (*of_share, std::mem::take(untold));
+        drop(known);
+        self.share.forget(ctx, of_share, count.saturating_sub(untold.into()));
+        self.forget_named(ctx, of_share);
     }
 
     fn destroy(&self) {
@@ -338,7 +354,7 @@ impl FileSystem for Files {
         match self.place(inode) {
             Place::Here(unnamed) => {
                 unnamed.set(&wanted, valid)?;
-                Ok((unnamed.attr()?, self.rules.attr_timeout))
+                Ok((self.attr(&unnamed)?, self.rules.attr_timeout))
             }
             Place::Share { inode, .. } => self.share.setattr(ctx, inode, wanted, handle.filter(|handle| *handle < FIRST), valid),
         }
@@ -426,7 +442,7 @@ impl FileSystem for Files {
     }
 
     of_file! {
-        fn getattr(handle: Option<Handle>) -> (Attr, Duration) { |self, _ctx, file| Ok((file.attr()?, self.rules.attr_timeout)) }
+        fn getattr(handle: Option<Handle>) -> (Attr, Duration) { |self, _ctx, file| Ok((self.attr(&file)?, self.rules.attr_timeout)) }
         fn setxattr(name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) -> () { |self, _ctx, file|
             file.set_attribute(&self.rules.attributes, name, value, flags, extra)
         }
@@ -444,7 +460,6 @@ impl FileSystem for Files {
     }
 
     pass_on! {
-        fn init(capable: FsOptions) -> io::Result<FsOptions>;
         fn opendir(ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)>;
         fn readdir(ctx: Context, inode: Inode, handle: Handle, size: u32, offset: u64) -> io::Result<DirIter>;
         fn releasedir(ctx: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;

@@ -273,6 +273,14 @@ fn interfaces_have_the_names_and_routes_that_they_have_on_the_host() {
     eventually(|| is_whole("eth7"), "the second interface was not renamed");
     eventually(|| output(&pod, "ip addr show dev other 2>&1").contains(&format!("10.9.{n}.2/24")), "the first interface was not renamed");
     output(&pod, &format!("ping -c 1 10.9.{n}.1 && ping -c 1 10.10.{n}.1"));
+    // A route with two ways stays when one of them is down, as does an address of IPv6 where the host keeps it.
+    network.ip(&format!("route add 10.78.0.0/16 nexthop via 10.9.{n}.1 nexthop via 10.10.{n}.1"));
+    eventually(|| output(&pod, "ip route").contains("10.78.0.0/16"), "the route with two ways did not appear");
+    network.ip("link set other down");
+    eventually(|| !output(&pod, "ip addr show dev other").contains(",UP"), "the first interface did not go down");
+    network.ip("link set other up");
+    eventually(|| output(&pod, "ip addr show dev other").contains(",UP"), "the first interface did not come up");
+    output(&pod, &format!("ip route | grep -q 10.78.0.0/16 && ping -c 1 10.9.{n}.1"));
     // One that is down keeps its addresses of IPv4 alone.
     network.ip("link set eth7 down");
     let down = || output(&pod, "ip addr show dev eth7; ip route; ip -6 route");

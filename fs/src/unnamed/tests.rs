@@ -59,7 +59,7 @@ fn files(folder: &Path) -> Files {
 }
 
 fn wanted(flags: i32) -> CreateIn {
-    CreateIn { flags: (libc::O_RDWR | flags).cast_unsigned(), mode: libc::S_IFREG | 0o666, umask: 0o027, open_flags: 0 }
+    CreateIn { flags: (libc::O_RDWR | libc::O_TMPFILE | flags).cast_unsigned(), mode: libc::S_IFREG | 0o666, umask: 0o027, open_flags: 0 }
 }
 
 fn make(files: &Files) -> (Entry, Handle) {
@@ -231,6 +231,29 @@ fn a_name_is_given_where_one_may_be_made() {
     assert_eq!(fs::read_dir(folder.path().join("c/snapshot")).unwrap().count(), 1);
     assert_eq!(link(upper, c"name").unwrap().inode, made.inode);
     assert!(folder.path().join("c/snapshot/fs/name").exists());
+}
+
+#[test]
+fn nothing_is_kept_of_what_a_guest_forgets_by_any_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = files(folder.path());
+    let (made, handle) = make(&files);
+    files.link(context(), made.inode, ROOT, c"name").unwrap();
+    release(&files, made.inode, handle);
+    let of_share = files.number_of_share(made.inode);
+    files.forget(context(), of_share, 1);
+    assert!(files.known().files.is_empty() && files.known().named.is_empty());
+    // A guest that begins anew knows nothing.
+    make(&files);
+    files.init(FsOptions::empty()).unwrap();
+    assert!(files.known().files.is_empty() && files.known().open.is_empty());
+}
+
+#[test]
+fn an_overlay_of_the_guest_makes_no_files_without_a_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let as_overlayfs = CreateIn { flags: (libc::O_RDWR | libc::O_LARGEFILE).cast_unsigned(), ..wanted(0) };
+    assert_eq!(errno(files(folder.path()).make(context(), ROOT, &as_overlayfs)), libc::EOPNOTSUPP);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::neighbour::{NeighbourMessage, NeighbourState};
-use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteNextHopFlags, RouteProtocol, RouteType};
 use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
@@ -24,9 +24,14 @@ pub fn depends_only_on(entry: &RouteNetlinkMessage, has: impl Fn(u32) -> bool) -
     }
 }
 
-/// Whether the kernel leaves an entry alone when its interface is brought down, as it does with addresses of IPv4.
+/// Whether the kernel leaves an entry alone when an interface of it is brought down, as it does with addresses of IPv4 and routes
+/// that have another way.
 pub fn is_kept_when_down(entry: &RouteNetlinkMessage) -> bool {
-    matches!(entry, RouteNetlinkMessage::NewAddress(address) if address.header.family == AddressFamily::Inet)
+    match entry {
+        RouteNetlinkMessage::NewAddress(address) => address.header.family == AddressFamily::Inet,
+        RouteNetlinkMessage::NewRoute(route) => route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::MultiPath(_))),
+        _ => false,
+    }
 }
 
 /// An address as the guest is to have it; `None` for one that its kernel makes by itself.
@@ -35,8 +40,12 @@ pub fn replayed_address(mut message: AddressMessage, has: impl Fn(u32) -> bool) 
     if !has(message.header.index) || (v6 && message.header.scope == AddressScope::Link) {
         return None;
     }
-    // Ages differ each time that they are read.
-    message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::CacheInfo(_)));
+    // Ages differ each time that they are read; and a label is the interface's name, unless somebody has given it another.
+    message.attributes.retain(|attribute| match attribute {
+        AddressAttribute::CacheInfo(_) => false,
+        AddressAttribute::Label(label) => label.contains(':'),
+        _ => true,
+    });
     if v6 {
         // It is ours already: looking for another owner would only delay it.
         message.header.flags |= AddressHeaderFlags::Nodad;
@@ -64,6 +73,11 @@ pub fn replayed_route(mut message: RouteMessage, has: impl Fn(u32) -> bool) -> O
     message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::CacheInfo(_)));
     // What the kernel says of an interface's state is refused when it is told so.
     message.header.flags &= RouteFlags::Onlink;
+    for attribute in &mut message.attributes {
+        if let RouteAttribute::MultiPath(hops) = attribute {
+            hops.iter_mut().for_each(|hop| hop.flags &= RouteNextHopFlags::Onlink);
+        }
+    }
     let through = |index: u32| index == LOOPBACK || has(index);
     let reachable = message.attributes.iter().all(|attribute| match attribute {
         RouteAttribute::Oif(index) => through(*index),
@@ -87,10 +101,11 @@ pub fn is_fixed_neighbour(message: &NeighbourMessage, has: impl Fn(u32) -> bool)
     message.header.state == NeighbourState::Permanent && has(message.header.ifindex)
 }
 
-/// The messages that make `old` into `new`: what is gone first, the last one first.
-pub fn changes(old: &[RouteNetlinkMessage], new: &[RouteNetlinkMessage]) -> Vec<Vec<u8>> {
+/// The messages that make `old` into `new`: what is gone first, the last one first. What is in both is made again if the guest
+/// may not have kept it.
+pub fn changes(old: &[RouteNetlinkMessage], new: &[RouteNetlinkMessage], is_kept: impl Fn(&RouteNetlinkMessage) -> bool) -> Vec<Vec<u8>> {
     let gone = old.iter().rev().filter(|entry| !new.contains(entry)).cloned().map(reverse);
-    let come = new.iter().filter(|entry| !old.contains(entry)).cloned();
+    let come = new.iter().filter(|entry| !old.contains(entry) || !is_kept(entry)).cloned();
     gone.chain(come).map(serialize).collect()
 }
 
@@ -112,4 +127,50 @@ pub fn serialize(message: RouteNetlinkMessage) -> Vec<u8> {
     let mut bytes = vec![0; message.buffer_len()];
     message.serialize(&mut bytes);
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::route::RouteNextHop;
+
+    use super::*;
+
+    fn neighbour(index: u32) -> RouteNetlinkMessage {
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = index;
+        RouteNetlinkMessage::NewNeighbour(message)
+    }
+
+    #[test]
+    fn what_is_gone_goes_first_and_what_may_be_missing_comes_again() {
+        let told = |is_kept| changes(&[neighbour(1), neighbour(2)], &[neighbour(2), neighbour(3)], |_| is_kept);
+        let gone = serialize(reverse(neighbour(1)));
+        assert_eq!(told(true), [gone.clone(), serialize(neighbour(3))]);
+        assert_eq!(told(false), [gone, serialize(neighbour(2)), serialize(neighbour(3))]);
+    }
+
+    #[test]
+    fn a_route_with_two_ways_is_the_same_when_one_is_down() {
+        let route = |flags| {
+            let mut hop = RouteNextHop::default();
+            (hop.interface_index, hop.flags) = (7, flags);
+            let mut route = RouteMessage::default();
+            route.header.kind = RouteType::Unicast;
+            route.attributes.push(RouteAttribute::MultiPath(vec![hop]));
+            replayed_route(route, |index| index == 7).unwrap()
+        };
+        let up = route(RouteNextHopFlags::Onlink);
+        assert_eq!(route(RouteNextHopFlags::Onlink | RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown), up);
+        assert!(is_kept_when_down(&RouteNetlinkMessage::NewRoute(up)));
+    }
+
+    #[test]
+    fn the_name_of_an_interface_is_no_label() {
+        let labels = |label: &str| {
+            let mut address = AddressMessage::default();
+            address.attributes.push(AddressAttribute::Label(label.into()));
+            replayed_address(address, |_| true).unwrap().attributes.len()
+        };
+        assert_eq!([labels("eth0"), labels("eth0:1")], [0, 1]);
+    }
 }

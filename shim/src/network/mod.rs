@@ -74,7 +74,10 @@ struct Known {
     taps_made: u32,
     /// Indexes of our taps.
     taps: Vec<u32>,
+    /// What it may have of addresses, routes, rules and neighbours.
     entries: Vec<RouteNetlinkMessage>,
+    /// Whether it may lack some of them: a request failed half way.
+    in_doubt: bool,
 }
 
 /// An interface that the machine has.
@@ -119,16 +122,16 @@ impl Network {
         remove_gone(&links, &mut known, sandbox, &self.handle).await?;
         known.taps.retain(|tap| links.iter().any(|link| link.header.index == *tap));
         let mut request = ConfigureNetworkRequest::default();
-        let mut told = Vec::new();
+        let (mut told, mut brought_down) = (Vec::new(), Vec::new());
         for link in links.iter().filter(|link| link.header.link_layer_type == LinkLayerType::Ether) {
             if known.taps.contains(&link.header.index) {
                 continue;
             }
-            let link = Link::read(link)?;
             // One that has never been up is not ready.
-            if !link.up && !known.attached.contains_key(&link.index) {
+            if !link.header.flags.contains(LinkFlags::Up) && !known.attached.contains_key(&link.header.index) {
                 continue;
             }
+            let link = Link::read(link)?;
             if !known.attached.contains_key(&link.index) {
                 self.attach(&link, &mut known, sandbox, store).await.with_context(|| format!("attach interface {}", link.name))?;
             }
@@ -137,27 +140,36 @@ impl Network {
                 continue;
             }
             self.bring_up(attached.tap, link.mtu).await?;
-            let renamed = attached.told.as_ref().is_some_and(|told| told.name != link.name);
-            let list = if attached.told.is_some() { &mut request.changed } else { &mut request.interfaces };
-            list.push(link.describe(attached.place));
-            // The guest may have to bring it down for that, and loses with it what it had.
-            if renamed {
-                known.entries.retain(|entry| is_kept_when_down(entry) || depends_only_on(entry, |index| index != link.index));
+            // It may be brought down to be renamed.
+            if attached.told.as_ref().is_some_and(|told| told.name != link.name || (told.up && !link.up)) {
+                brought_down.push(link.index);
             }
+            request.interfaces.push(link.describe(attached.place));
             told.push(link);
         }
         let entries = self.entries(&known).await?;
-        request.messages = changes(&known.entries, &entries);
-        if request != ConfigureNetworkRequest::default() {
-            sandbox.agent.configure_network(request).await.context("configure the guest's network")?;
+        let is_kept = |entry: &RouteNetlinkMessage| {
+            !known.in_doubt && (is_kept_when_down(entry) || depends_only_on(entry, |index| !brought_down.contains(&index)))
+        };
+        request.messages = changes(&known.entries, &entries, is_kept);
+        if request != ConfigureNetworkRequest::default()
+            && let Err(error) = sandbox.agent.configure_network(request).await
+        {
+            // It is told everything again: some of it was done.
+            for link in &told {
+                known.attached.entry(link.index).and_modify(|attached| attached.told = None);
+            }
+            let new: Vec<_> = entries.into_iter().filter(|entry| !known.entries.contains(entry)).collect();
+            known.entries.extend(new);
+            known.in_doubt = true;
+            return Err(error).context("configure the guest's network");
         }
-        // What it was not told, or did not do, it is asked again.
         for link in told {
             if let Some(attached) = known.attached.get_mut(&link.index) {
                 attached.told = Some(link);
             }
         }
-        known.entries = entries;
+        (known.entries, known.in_doubt) = (entries, false);
         Ok(())
     }
 
