@@ -20,8 +20,7 @@ use anyhow::{Context, Result, bail};
 use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
-use caisson_fs::request::Make;
-use caisson_fs::share::Share;
+use caisson_fs::share::{ATTRIBUTES, Share};
 use caisson_fs::unnamed::{Files, Room, Rules};
 use caisson_host::control::Control;
 use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
@@ -108,8 +107,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
     let fs = PassthroughFs::new(fs_config).context("open the share")?;
     let share = Share::new(fs, matches!(config.cache, CachePolicy::Auto), config.maps, Arc::clone(&descriptors));
     let fs = Files::new(share, rules);
-    let (maker, opener) = (fs.clone(), fs.clone());
-    let make: Make = Box::new(move |ctx, folder, wanted| maker.make(ctx, folder, wanted));
+    let (make, opener) = (fs.maker(), fs.clone());
     let dax = config.maps.then(|| Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes)));
     // Before any thread is started: each has the filter of who starts it.
     filter::install()?;
@@ -119,10 +117,6 @@ fn run(control: &Arc<Control>) -> Result<()> {
     let poll = if alone { Duration::ZERO } else { Duration::from_micros(config.poll_us.into()) };
     serve(socket, Device::new(fs, make, dax, poll, config.threads, descriptors, move |reason| fail(&witness, reason)))
 }
-
-/// A guest's `trusted` attributes are not the host's: those hold for every process there, and who sets them must be its
-/// root. They are kept under names that no guest can use otherwise (virtiofsd's `doc/xattr-mapping.md`).
-const ATTRIBUTES: &str = "/prefix/all/trusted./user.virtiofs./ /bad/server//trusted./ /bad/client/user.virtiofs.// /ok/all///";
 
 fn attributes() -> Result<XattrMap> {
     XattrMap::try_from(ATTRIBUTES).map_err(|error| anyhow::anyhow!("read the map of attributes: {error}"))

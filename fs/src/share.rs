@@ -50,6 +50,10 @@ const SETTLED_AFTER: Duration = Duration::from_secs(3);
 /// than that they are read again.
 const MOST_OPENED: usize = 65_536;
 
+/// A guest's `trusted` attributes are not the host's: those hold for every process there, and who sets them must be its
+/// root. They are kept under names that no guest can use otherwise (virtiofsd's `doc/xattr-mapping.md`).
+pub const ATTRIBUTES: &str = "/prefix/all/trusted./user.virtiofs./ /bad/server//trusted./ /bad/client/user.virtiofs.// /ok/all///";
+
 /// By which the guest knows a file.
 pub type Inode = <PassthroughFs as FileSystem>::Inode;
 /// By which it knows what it has open.

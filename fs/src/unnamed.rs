@@ -30,12 +30,12 @@ use virtiofsd::fuse::{Attr, CreateIn, SetattrIn};
 use virtiofsd::oslib::WritevFlags;
 use virtiofsd::passthrough::xattrmap::XattrMap;
 
+use crate::request::Make;
 use crate::seal::check_name;
 use crate::share::{Handle, Inode, Share, check_range};
-pub use held::Room;
-
 use file::{Unnamed, as_another};
 use held::Held;
+pub use held::Room;
 
 type DirIter = <Share as FileSystem>::DirIter;
 
@@ -126,6 +126,12 @@ impl Files {
         known.files.insert(inode, Place::Here(Arc::new(unnamed)));
         let entry = Entry { inode, generation: 0, attr, attr_timeout: self.rules.attr_timeout, entry_timeout: Duration::ZERO };
         Ok((entry, handle, self.options()))
+    }
+
+    /// What makes them, for the device.
+    pub fn maker(&self) -> Make {
+        let files = self.clone();
+        Box::new(move |ctx, folder, wanted| files.make(ctx, folder, wanted))
     }
 
     /// Opens a file that the guest knows, to be mapped.

@@ -11,7 +11,6 @@ use std::time::Duration;
 use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
-use caisson_fs::request::Make;
 use caisson_fs::share::Share;
 use caisson_fs::unnamed::{FIRST, Files, Room, Rules};
 use caisson_fuzz::Input;
@@ -125,8 +124,7 @@ fuzz_target!(|data: &[u8]| {
         room: Room::new(UNNAMED),
     };
     let files = Files::new(Share::new(fs, true, true, Arc::clone(&descriptors)), rules);
-    let (maker, opener) = (files.clone(), files.clone());
-    let make: Make = Box::new(move |ctx, folder, wanted| maker.make(ctx, folder, wanted));
+    let (make, opener) = (files.maker(), files.clone());
     let dax = Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes));
     let device = Device::new(files, make, Some(dax), Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));
     let memory = GuestMemoryMmap::<BitmapMmapRegion>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("memory");

@@ -320,13 +320,12 @@ struct Names {
 
 impl Names {
     fn new(folder: &str) -> Self {
-        Self { folder: PathBuf::from(folder).join("names"), model: BTreeMap::new(), made: 0 }
+        let folder = PathBuf::from(folder).join("names");
+        std::fs::create_dir(&folder).unwrap();
+        Self { folder, model: BTreeMap::new(), made: 0 }
     }
 
     fn step(&mut self, random: &mut Random) -> Result<(), String> {
-        if self.made == 0 {
-            std::fs::create_dir(&self.folder).unwrap();
-        }
         let mut name = || format!("name{}", random.below(NAMES));
         let (one, other) = (name(), name());
         let path = |name: &str| self.folder.join(name);
@@ -346,9 +345,8 @@ impl Names {
                 self.model.entry(one).or_insert(made);
             }
             1 => {
-                let folder = openat(CWD, &self.folder, OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR)
-                    .map_err(|error| format!("make a file without a name: {error}"))?;
-                let file = File::from(folder);
+                let file = openat(CWD, &self.folder, OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR);
+                let file = File::from(file.map_err(|error| format!("make a file without a name: {error}"))?);
                 file.write_all_at(&made.to_le_bytes(), 0).map_err(|error| format!("write a file without a name: {error}"))?;
                 let source = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
                 let done = linkat(CWD, source, CWD, path(&one), AtFlags::SYMLINK_FOLLOW).map_err(io::Error::from);

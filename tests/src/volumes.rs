@@ -59,6 +59,26 @@ impl Drop for Nested {
     }
 }
 
+/// A folder of the host with ext4 of its own mounted on it.
+struct Ext4(String);
+
+impl Ext4 {
+    fn make(size: &str, made_with: &str, mounted_with: &str) -> Self {
+        let folder = format!("/tmp/{}", id("ext4"));
+        shell(&format!(
+            "modprobe -a loop quota_v2; mkdir {folder} && truncate -s {size} {folder}.img && mkfs.ext4 -q {made_with} {folder}.img && \
+             mount -o loop{mounted_with} {folder}.img {folder}"
+        ));
+        Self(folder)
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        shell(&format!("umount {0} && rmdir {0} && rm {0}.img", self.0));
+    }
+}
+
 fn mounts_of_the_host_stay_when_a_container_goes() {
     let nested = Nested::make("size=1m");
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", nested.0);
@@ -146,11 +166,9 @@ fn a_pod_with_all_of_the_hosts_files_has_no_copies_of_other_pods() {
 }
 
 fn a_quota_of_the_host_holds_in_a_pod() {
-    let folder = format!("/tmp/{}", id("quota"));
-    shell(&format!(
-        "modprobe -a loop quota_v2; mkdir {folder} && truncate -s 32M {folder}.img && mkfs.ext4 -q -O quota -E quotatype=usrquota {folder}.img && \
-         mount -o loop,usrquota {folder}.img {folder} && setquota -u 1000 0 1024 0 4 {folder} && chmod 777 {folder}"
-    ));
+    let mounted = Ext4::make("32M", "-O quota -E quotatype=usrquota", ",usrquota");
+    let folder = &mounted.0;
+    shell(&format!("setquota -u 1000 0 1024 0 4 {folder} && chmod 777 {folder}"));
     let mount = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
     let script = "cd /data; dd if=/dev/zero of=much bs=64k count=64 2>&1 | grep -o quota; stat -c %s much; rm much; for i in 1 2 3 4 5; do echo > $i; done";
     let output = run_pod(&["--user", "1000", "--mount", &mount], &["sh", "-c", script]);
@@ -159,14 +177,11 @@ fn a_quota_of_the_host_holds_in_a_pod() {
     let output =
         run_pod(&["--mount", &mount], &["sh", "-c", "dd if=/dev/zero of=/data/root bs=64k count=64 2> /dev/null && stat -c %s /data/root"]);
     assert_eq!((output.code, output.stdout.as_str()), (0, "4194304\n"), "{output:?}");
-    shell(&format!("umount {folder} && rmdir {folder} && rm {folder}.img"));
 }
 
 fn files_hold_what_was_done_to_them_however_they_are_kept() {
-    let folder = format!("/tmp/{}", id("exercise"));
-    shell(&format!(
-        "modprobe loop; mkdir {folder} && truncate -s 256M {folder}.img && mkfs.ext4 -q {folder}.img && mount -o loop {folder}.img {folder}"
-    ));
+    let mounted = Ext4::make("256M", "", "");
+    let folder = &mounted.0;
     let data = format!("type=bind,src={folder},dst=/data,options=rbind:rw");
     let share = "type=bind,src=/share,dst=/share,options=rbind:ro";
     let mounts = [&["--mount", &data, "--mount", share], &NODES_PROGRAMS[..]].concat();
@@ -182,7 +197,6 @@ fn files_hold_what_was_done_to_them_however_they_are_kept() {
         let expected: String = seeds.iter().map(|seed| format!("{:x} {mapped}\n", on_host(seed))).collect();
         assert_eq!((output.code, output.stdout.as_str()), (0, expected.as_str()), "{way}: {output:?}");
     }
-    shell(&format!("umount {folder} && rmdir {folder} && rm {folder}.img"));
 }
 
 /// A file that is made without a name in /data (`O_TMPFILE`), used, and given a name (linkat(2)); Perl is the node's.

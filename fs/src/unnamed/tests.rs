@@ -11,6 +11,7 @@ use virtiofsd::soft_idmap::Id;
 
 use super::*;
 use crate::descriptors::Descriptors;
+use crate::share::ATTRIBUTES;
 
 /// The root of the share.
 const ROOT: Inode = 1;
@@ -41,7 +42,7 @@ fn context() -> Context {
 }
 
 fn files(folder: &Path) -> Files {
-    let attributes = XattrMap::try_from("/prefix/all/trusted./user.virtiofs./ /bad/client/user.virtiofs.// /ok/all///").unwrap();
+    let attributes = XattrMap::try_from(ATTRIBUTES).unwrap();
     let config = passthrough::Config {
         root_dir: folder.to_str().unwrap().into(),
         xattr: true,
