@@ -27,7 +27,7 @@ RESTART=${RESTART:-systemctl restart containerd}
 NODE_NAME=${NODE_NAME:-}
 
 ARTEFACTS="usr/bin/containerd-shim-caisson-v2 usr/bin/caisson usr/libexec/caisson/caisson-vmm
-usr/libexec/caisson/caisson-fs usr/share/caisson/vmlinux usr/share/caisson/initramfs"
+usr/libexec/caisson/caisson-fs usr/libexec/caisson/caisson-stand-in usr/share/caisson/vmlinux usr/share/caisson/initramfs"
 BEGIN="# Caisson: begin; made and removed by its installer"
 END="# Caisson: end"
 ACCOUNT=/var/run/secrets/kubernetes.io/serviceaccount

@@ -71,10 +71,16 @@ fn all(path: &Path, rootless: bool) -> Vec<Check> {
         Check { what: "volumes", outcome: volumes(), remedy: "Use Linux 5.12 or later, which has mount_setattr(2)." },
         Check { what: "taps of pod networks", outcome: taps(), remedy: "Run `modprobe tun`, or install the kernel's package that has it." },
         Check { what: "cgroups", outcome: cgroups(), remedy: "Mount cgroup2 at /sys/fs/cgroup, as systemd does." },
+        Check {
+            what: "users of virtual machines",
+            outcome: users_of_machines(&effective),
+            remedy: "Set vmm.uid_base and vmm.uid_count to ids that nobody else gives away, from 1879048192 on.",
+        },
         file("guest kernel", &effective.kernel_path, "Run `cargo xtask install`, or set kernel.path."),
         file("initramfs", &effective.initramfs_path, "Run `cargo xtask install`, or set image.initramfs."),
         file("virtual machine monitor", &effective.vmm_path, "Run `cargo xtask install`, or set vmm.path."),
         file("virtio-fs server", &effective.fs_path, "Run `cargo xtask install`, or set fs.path."),
+        file("stand-in of containers", &effective.task_path, "Run `cargo xtask install`, or set task.path."),
         Check {
             what: "shim on the PATH",
             outcome: shim(),
@@ -105,6 +111,35 @@ fn user_namespaces() -> Result<String> {
     let count: u64 = text.trim().parse().context(path)?;
     ensure!(count > 0, "{path} is 0");
     Ok(format!("up to {count}"))
+}
+
+/// Ids that systemd-nspawn gives to containers (systemd's `UIDS-GIDS.md`).
+const NSPAWN: std::ops::RangeInclusive<u64> = 524_288..=1_879_048_191;
+
+/// Whether the ids of virtual machines are also given to others.
+fn users_of_machines(config: &Config) -> Result<String> {
+    let (first, last) = (u64::from(config.uid_base), u64::from(config.uid_base) + u64::from(config.uid_count) - 1);
+    // In a user namespace with few users they are what there is.
+    if caisson_host::users::are_few() {
+        return Ok(format!("{first} to {last}"));
+    }
+    ensure!(
+        last < *NSPAWN.start() || first > *NSPAWN.end(),
+        "{first} to {last} are among the ids of systemd-nspawn's containers, 524288 to 1879048191"
+    );
+    for path in ["/etc/subuid", "/etc/subgid"] {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let taken = text.lines().find_map(|line| overlapping(line, first, last));
+        ensure!(taken.is_none(), "{first} to {last} are given to {} by {path}, too", taken.unwrap_or_default());
+    }
+    Ok(format!("{first} to {last}, which nobody else has"))
+}
+
+/// Whom a line of subuid(5) gives ids between two.
+fn overlapping(line: &str, first: u64, last: u64) -> Option<&str> {
+    let mut parts = line.split(':');
+    let (whose, from, count) = (parts.next()?, parts.next()?.trim().parse::<u64>().ok()?, parts.next()?.trim().parse::<u64>().ok()?);
+    (count > 0 && from <= last && first < from.saturating_add(count)).then_some(whose)
 }
 
 fn seccomp() -> Result<String> {

@@ -2,6 +2,7 @@
 
 mod check;
 mod exec;
+mod folders;
 mod list;
 mod owner;
 mod probe;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
@@ -128,7 +128,14 @@ pub fn logs(config: &Config, pod: &str, container: Option<String>, follow: bool)
             continue;
         }
         let (text, is_error, part) = message(&line);
-        let mut out: Box<dyn Write> = if is_error { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
+        let (mut out, is_terminal): (Box<dyn Write>, bool) = if is_error {
+            (Box::new(io::stderr()), io::stderr().is_terminal())
+        } else {
+            (Box::new(io::stdout()), io::stdout().is_terminal())
+        };
+        // A file or another program gets what the container wrote.
+        let safe = is_terminal.then(|| printable(&String::from_utf8_lossy(text)));
+        let text = safe.as_ref().map_or(text, |safe| safe.as_bytes());
         let end: &[u8] = if part { b"" } else { b"\n" };
         if out.write_all(text).and_then(|()| out.write_all(end)).and_then(|()| out.flush()).is_err() {
             // Nobody reads any more.
@@ -176,9 +183,11 @@ pub fn console(config: &Config, pod: &str, follow: bool) -> Result<()> {
     }
 }
 
-/// What a guest says, without what a terminal would take as a command.
+/// What a guest says, without what a terminal would take as a command, or which would have it show the rest in another
+/// order (Unicode Standard Annex 9, 2).
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    let turns = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if (c.is_control() && c != '\t') || turns(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 /// Prints the processes of one pod, or of all that the caller owns.
@@ -298,5 +307,6 @@ mod tests {
     #[test]
     fn what_a_guest_says_is_no_command_to_a_terminal() {
         assert_eq!(printable("a\x1b[2Jb\tc"), "a\u{fffd}[2Jb\tc");
+        assert_eq!(printable("rm \u{202e}fdp.exe\u{2069} \u{9b}1m"), "rm \u{fffd}fdp.exe\u{fffd} \u{fffd}1m");
     }
 }

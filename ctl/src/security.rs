@@ -17,6 +17,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use procfs::process::{FDTarget, LimitValue, MMPermissions, Process, Status};
 use serde::Serialize;
 
+use crate::folders::top_of;
+
 /// What a check came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -75,6 +77,7 @@ const MONITOR: &[Check] = &[
     ("system calls", system_calls),
     ("namespaces", |subject| namespaces(subject, &["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"])),
     ("root folder", empty_root),
+    ("cgroup", |subject| cgroup(subject, "machine")),
     ("core dumps", core_dumps),
     ("tracing", tracing),
     ("limits", limits),
@@ -91,9 +94,25 @@ const FILE_SERVER: &[Check] = &[
     ("system calls", system_calls),
     ("namespaces", |subject| namespaces(subject, &["mnt", "pid", "net", "ipc", "uts", "cgroup"])),
     ("root folder", share_root),
+    ("cgroup", |subject| cgroup(subject, "machine")),
     ("core dumps", core_dumps),
     ("environment", environment),
+    ("open files", open_files_of_share),
     ("executable memory", executable_memory),
+];
+
+const STAND_IN: &[Check] = &[
+    ("user", user),
+    ("capabilities", |subject| capabilities(subject, &[])),
+    ("new privileges", new_privileges),
+    ("system calls", system_calls),
+    ("namespaces", |subject| namespaces(subject, &["mnt", "pid", "ipc", "uts", "cgroup"])),
+    ("root folder", own_proc),
+    ("cgroup", |subject| cgroup(subject, "machine")),
+    ("core dumps", core_dumps),
+    ("tracing", tracing),
+    ("environment", environment),
+    ("open files", open_files),
 ];
 
 /// passt's own doing, but for the first and the last.
@@ -112,6 +131,8 @@ const SHIM: &[Check] = &[
     ("new privileges", new_privileges),
     ("system calls", system_calls),
     ("pod folder", pod_folder),
+    ("mounts", mounts),
+    ("cgroup", |subject| cgroup(subject, "shim")),
     ("socket", socket),
     ("executable memory", executable_memory),
 ];
@@ -160,6 +181,7 @@ fn of_pod(host: &Host, config: &Config, record: &PodRecord) -> Vec<Finding> {
             "fs" => FILE_SERVER,
             "shim" => SHIM,
             "network" => NETWORK,
+            "stand-in" => STAND_IN,
             _ => continue,
         };
         let Ok((subject, threads)) = look_at(process.pid) else { continue };
@@ -301,13 +323,43 @@ fn empty_root(subject: &Subject<'_>) -> Result<Found> {
     Ok((verdict(holds), format!("{how}, with {entries} files; {} mounts", mounts.len())))
 }
 
+/// The share alone: a file system of the pod's own, read-only, in which nothing gives rights on the host.
 fn share_root(subject: &Subject<'_>) -> Result<Found> {
-    let of =
-        |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).with_context(|| format!("look at {}", path.display()));
-    let share = subject.folder.join("share");
+    let mounts: Vec<_> = subject.process.mountinfo()?.into_iter().collect();
+    let root = mounts.iter().rev().find(|mount| mount.mount_point == Path::new("/")).context("it has no root")?;
+    let holds = root.fs_type == "tmpfs" && root.mount_options.contains_key("ro");
+    let what = format!("{} on {}, {} mounts", root.fs_type, if holds { "the share, read-only" } else { "another root" }, mounts.len());
+    Ok((verdict(holds), what))
+}
+
+/// A root that is empty but for a /proc of its own.
+fn own_proc(subject: &Subject<'_>) -> Result<Found> {
     let root = format!("/proc/{}/root", subject.process.pid());
-    let holds = of(Path::new(&root))? == of(&share)?;
-    Ok((verdict(holds), if holds { share.display().to_string() } else { format!("it is not {}", share.display()) }))
+    let names: BTreeSet<_> = std::fs::read_dir(&root).context("read its root folder")?.flatten().map(|entry| entry.file_name()).collect();
+    let mounts: Vec<_> = subject.process.mountinfo()?.into_iter().collect();
+    let read_only = mounts.iter().all(|mount| mount.mount_options.contains_key("ro"));
+    let own = std::fs::metadata(format!("{root}/proc")).and_then(|proc| Ok(proc.dev() != std::fs::metadata("/proc")?.dev()))?;
+    let holds = names == BTreeSet::from([OsString::from("proc")]) && mounts.len() == 2 && read_only && own;
+    Ok((verdict(holds), format!("{} files, {} mounts{}", names.len(), mounts.len(), if own { "" } else { ", the host's /proc" })))
+}
+
+/// Mounts of a pod are in its own namespace; in the host's, other programs would take them for the host's file systems.
+fn mounts(subject: &Subject<'_>) -> Result<Found> {
+    let mounts = Process::new(1)?.mountinfo().context("read the host's mounts")?;
+    let count = mounts.into_iter().filter(|mount| mount.mount_point.starts_with(subject.folder)).count();
+    Ok((verdict(count == 0), if count == 0 { "none in the host's namespace".into() } else { format!("{count} in the host's namespace") }))
+}
+
+/// What the pod costs is the pod's to pay. A pod that has ended has left its cgroup, and rootless ones may have none.
+fn cgroup(subject: &Subject<'_>, leaf: &str) -> Result<Found> {
+    let Some(wanted) = &subject.record.cgroup else { return Ok((Verdict::Weak, "the pod has none of its own".into())) };
+    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", subject.process.pid())).context("read its cgroups")?;
+    // proc(5): HIERARCHY:CONTROLLERS:PATH
+    let paths: Vec<&str> = text.lines().filter_map(|line| line.splitn(3, ':').nth(2)).collect();
+    let wanted = format!("{}/{leaf}", wanted.trim_end_matches('/'));
+    let ended = leaf == "shim" && paths.contains(&"/caisson");
+    let holds = paths.contains(&wanted.as_str()) || ended;
+    Ok((verdict(holds), if holds { (if ended { "/caisson" } else { &wanted }).to_owned() } else { format!("not in {wanted}") }))
 }
 
 fn core_dumps(subject: &Subject<'_>) -> Result<Found> {
@@ -363,6 +415,38 @@ fn open_files(subject: &Subject<'_>) -> Result<Found> {
     }
     let list: Vec<String> = kinds.into_iter().map(|(kind, count)| if count == 1 { kind } else { format!("{count} {kind}") }).collect();
     Ok((verdict(folders == 0), list.join(", ")))
+}
+
+/// Folders that the file server has open lead to the root of the share, or to that of a mount which was taken out of it,
+/// and not to the host's.
+fn open_files_of_share(subject: &Subject<'_>) -> Result<Found> {
+    let pid = subject.process.pid();
+    let identity = |path: &str| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).with_context(|| format!("look at {path}"));
+    let of_host = [identity("/proc/1/root")?, identity("/proc")?];
+    let hosts_proc = of_host[1].0;
+    let (mut mounts, mut folders, mut outside) = (BTreeSet::new(), 0, BTreeSet::new());
+    for file in subject.process.fd()?.flatten() {
+        let path = format!("/proc/{pid}/fd/{}", file.fd);
+        if !std::fs::metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+            continue;
+        }
+        folders += 1;
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", file.fd)).unwrap_or_default();
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap_or_default().trim().to_owned();
+        // One folder of each mount is enough to see where it leads.
+        if mounts.insert(mount)
+            && let Some(top) = top_of(&path)?
+            && (of_host.contains(&top) || top.0 == hosts_proc)
+        {
+            outside.insert(path);
+        }
+    }
+    let found = if outside.is_empty() {
+        format!("{folders} folders, all in the share")
+    } else {
+        format!("folders from which the host's are reached: {}", outside.into_iter().collect::<Vec<_>>().join(", "))
+    };
+    Ok((verdict(found.ends_with("in the share")), found))
 }
 
 /// The machine's memory can neither shrink under who has it mapped nor grow.

@@ -46,14 +46,36 @@ impl Descriptors {
     /// # Errors
     /// Those of `find`.
     pub fn answer<T>(&self, find: impl FnOnce() -> io::Result<T>, inode: impl FnOnce(&T) -> u64) -> io::Result<T> {
+        self.answer_or(find, inode, |_| Ok(None))
+    }
+
+    /// Answers with a file, as [`Self::answer`] does. `replace` sees each file that the guest does not know, and returns
+    /// the answer that the guest gets instead, if it is another. It runs while no other file is found.
+    ///
+    /// # Errors
+    /// Those of `find` and of `replace`.
+    pub fn answer_or<T>(
+        &self,
+        find: impl FnOnce() -> io::Result<T>,
+        inode: impl FnOnce(&T) -> u64,
+        replace: impl FnOnce(&T) -> io::Result<Option<T>>,
+    ) -> io::Result<T> {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         let found = self.mind(find())?;
         let inode = inode(&found);
-        if inode > *newest {
-            *newest = inode;
-            self.take();
+        if inode <= *newest {
+            return Ok(found);
         }
-        Ok(found)
+        *newest = inode;
+        let other = self.mind(replace(&found))?;
+        self.take();
+        Ok(other.unwrap_or(found))
+    }
+
+    /// Does something while no file is found.
+    pub fn alone<T>(&self, act: impl FnOnce() -> T) -> T {
+        let _newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        act()
     }
 
     /// Has the guest told when a request found no descriptor left, whatever the count says: a file that was found by a

@@ -1,14 +1,13 @@
 //! What the virtio-fs server may ask of the kernel once it is set up.
 
 use caisson_host::seccomp::Allow::{Call, CallWith};
-use caisson_host::seccomp::{self, Allow, SeccompError};
+use caisson_host::seccomp::{self, Allow, SeccompError, THREAD_START};
 
 /// What Rust's runtime, its threads and epoll need.
 const RUNTIME: &[Allow] = &[
     Call(libc::SYS_accept4),
     Call(libc::SYS_brk),
     Call(libc::SYS_clock_gettime),
-    Call(libc::SYS_clone3),
     Call(libc::SYS_close),
     Call(libc::SYS_dup),
     Call(libc::SYS_epoll_create1),
@@ -73,6 +72,9 @@ const FILES: &[Allow] = &[
     Call(libc::SYS_getegid),
     Call(libc::SYS_geteuid),
     Call(libc::SYS_getxattr),
+    // Tells files of an overlay apart that have several names.
+    Call(libc::SYS_inotify_add_watch),
+    Call(libc::SYS_inotify_rm_watch),
     Call(libc::SYS_linkat),
     Call(libc::SYS_listxattr),
     Call(libc::SYS_lseek),
@@ -111,5 +113,5 @@ const FILES: &[Allow] = &[
 
 /// Restricts the process, and every thread that it starts from now on.
 pub fn install() -> Result<(), SeccompError> {
-    seccomp::install("the virtio-fs server", &[RUNTIME, FILES])
+    seccomp::install("the virtio-fs server", &[RUNTIME, THREAD_START, FILES])
 }

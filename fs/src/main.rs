@@ -1,7 +1,7 @@
 //! `caisson-fs`: serves one pod's share as a virtio-fs device, over vhost-user.
 //!
 //! ```text
-//! main: open /proc handles -> jail -> receive FsConfig -> serve until the VMM hangs up
+//! main: receive FsConfig -> jail -> serve until the VMM hangs up
 //! ```
 //!
 //! The file system is that of the virtiofsd project, used as a library, with two layers of ours around it (`share.rs`,
@@ -9,10 +9,8 @@
 //! without any capability but those that acting for the share's users needs, behind a system call filter.
 #![expect(unsafe_code, reason = "the listening socket arrives as a descriptor, which the vhost crate takes by number")]
 
-mod filter;
-
 use std::fs::File;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,10 +18,12 @@ use anyhow::{Context, Result, bail};
 use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
+use caisson_fs::filter;
+use caisson_fs::linked::Linked;
 use caisson_fs::share::{ATTRIBUTES, Share};
 use caisson_fs::unnamed::{Files, Room, Rules};
 use caisson_host::control::Control;
-use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
+use caisson_host::jail::{self, Kept, Side, raise_descriptor_limit};
 use caisson_protocol::fs::{CachePolicy, Event, FsConfig, HOST_IDS};
 use nix::sys::stat::{Mode, umask};
 use vhost::vhost_user::Listener;
@@ -61,44 +61,44 @@ fn fail(control: &Control, reason: String) -> ! {
 }
 
 fn run(control: &Arc<Control>) -> Result<()> {
-    // The ids are a part of the jail, which comes before the configuration.
-    let id_base = std::env::args().nth(1).map(|id| id.parse::<u32>().context("the first id of the host is a number")).transpose()?;
-    let ids = id_base.map(|first| first..first.saturating_add(HOST_IDS));
-    let inside = match (Jail::CurrentFolder { ids }).unshare()? {
+    jail::close_inherited()?;
+    let Some((config, fds)) = control.receive::<FsConfig>(true).context("receive the configuration")? else {
+        bail!("the shim closed the control socket before the configuration");
+    };
+    let Ok([root, socket, watches]) = <[OwnedFd; 3]>::try_from(fds) else {
+        bail!("the configuration came without exactly one root, one socket and one inotify instance");
+    };
+    let ids = config.id_base.map(|first| first..first.saturating_add(HOST_IDS));
+    let inside = match (jail::Share { root, ids }).unshare()? {
         Side::Outside(child) => {
             control.send(&Event::Jailed { pid: child.as_raw().unsigned_abs() }, &[], true).context("report the jailed process")?;
             return Ok(());
         }
         Side::Inside(inside) => inside,
     };
-    // The server reopens files through these; behind the jail's door there is no /proc.
-    let proc_self_fd = File::open("/proc/self/fd").context("open /proc/self/fd")?;
-    let proc_mountinfo = File::open("/proc/self/mountinfo").context("open /proc/self/mountinfo")?;
-    inside.enter()?;
+    let Kept { descriptors: proc_self_fd, namespace } = inside.enter()?;
+    control.send(&Event::Entered, &[namespace.as_fd()], true).context("hand over the mount namespace")?;
+    drop(namespace);
+    let proc_self_fd = File::from(proc_self_fd);
     let descriptors = raise_descriptor_limit(DESCRIPTOR_LIMIT).context("raise the limit of open descriptors")?;
     // Files are created with exactly the mode that the guest asks for.
     umask(Mode::empty());
-    let Some((config, fds)) = control.receive::<FsConfig>(true).context("receive the configuration")? else {
-        bail!("the shim closed the control socket before the configuration");
-    };
-    let Ok([socket]) = <[OwnedFd; 1]>::try_from(fds) else {
-        bail!("the configuration came without exactly one socket");
-    };
     // The kernel would refuse them, too, but when the server has half become such a user.
-    let unknown = id_base.map(|_| vec![IdMap::ForbidGuest { from_guest: HOST_IDS, count: u32::MAX - HOST_IDS }]);
+    let unknown = config.id_base.map(|_| vec![IdMap::ForbidGuest { from_guest: HOST_IDS, count: u32::MAX - HOST_IDS }]);
     let rules = Rules {
         descriptors: proc_self_fd.try_clone().context("keep /proc/self/fd")?,
+        root: File::open("/").context("open the share")?,
+        set_id: config.set_id,
         attributes: attributes()?,
-        ids: id_base.map(|_| HOST_IDS),
+        ids: config.id_base.map(|_| HOST_IDS),
         attr_timeout: timeout(config.cache),
         caches: !matches!(config.cache, CachePolicy::Never),
+        always: matches!(config.cache, CachePolicy::Always),
+        writeback: config.writeback,
         room: Room::new((descriptors / UNNAMED) as usize),
     };
-    let fs_config = passthrough::Config {
-        uid_map: unknown.clone(),
-        gid_map: unknown,
-        ..passthrough_config(&config, descriptors, proc_self_fd, proc_mountinfo)?
-    };
+    let fs_config =
+        passthrough::Config { uid_map: unknown.clone(), gid_map: unknown, ..passthrough_config(&config, descriptors, proc_self_fd)? };
     let witness = Arc::clone(control);
     let descriptors = Arc::new(Descriptors::new(fs_config.guest_fd_limit, move || {
         // A shim that has this many to hear already has heard of it.
@@ -106,7 +106,7 @@ fn run(control: &Arc<Control>) -> Result<()> {
     }));
     let fs = PassthroughFs::new(fs_config).context("open the share")?;
     let share = Share::new(fs, matches!(config.cache, CachePolicy::Auto), config.maps, Arc::clone(&descriptors));
-    let fs = Files::new(share, rules);
+    let fs = Files::new(share, rules, Linked::new(watches));
     let (make, opener) = (fs.maker(), fs.clone());
     let dax = config.maps.then(|| Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes)));
     // Before any thread is started: each has the filter of who starts it.
@@ -132,7 +132,7 @@ const fn timeout(cache: CachePolicy) -> Duration {
 }
 
 /// What the guest may do and cache.
-fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, proc_mountinfo: File) -> Result<passthrough::Config> {
+fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File) -> Result<passthrough::Config> {
     let cache_policy = match config.cache {
         CachePolicy::Never => passthrough::CachePolicy::Never,
         CachePolicy::Auto => passthrough::CachePolicy::Auto,
@@ -152,7 +152,6 @@ fn passthrough_config(config: &FsConfig, descriptors: u64, proc_self_fd: File, p
         // device number; unmounting it there drops every inode of it here.
         announce_submounts: true,
         proc_sfd_rawfd: Some(proc_self_fd),
-        proc_mountinfo_rawfd: Some(proc_mountinfo),
         allow_direct_io: true,
         killpriv_v2: true,
         guest_fd_limit: (descriptors - descriptors / UNNAMED).saturating_sub(RESERVED_DESCRIPTORS),

@@ -172,6 +172,62 @@ impl Share {
         entry
     }
 
+    /// What the guest may keep of a file that it has just opened. `attr` looks at the file after that: what the guest
+    /// reads from now on is that or newer.
+    pub fn keeps(&self, inode: Inode, flags: u32, attr: impl FnOnce() -> io::Result<Attr>) -> OpenOptions {
+        let mut options = OpenOptions::empty();
+        if let Some(mut opened) = self.opened()
+            && let Ok(attr) = attr()
+            && opened.open(inode, Stamp::of(&attr), SystemTime::now())
+        {
+            options |= OpenOptions::KEEP_CACHE;
+        }
+        if flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY {
+            options |= OpenOptions::NOFLUSH;
+        }
+        options
+    }
+
+    /// Forgets what [`Self::keeps`] noted of a file.
+    pub fn unkeep(&self, inode: Inode) {
+        if let Some(mut opened) = self.opened() {
+            opened.forget(inode);
+        }
+    }
+
+    /// Looks a name up. `replace` sees each file that the guest does not know yet, as [`Descriptors::answer_or`] says; what
+    /// it replaces is forgotten.
+    ///
+    /// # Errors
+    /// Those of the lookup, and of `replace`.
+    pub fn lookup_or(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        replace: impl FnOnce(&Entry) -> io::Result<Option<Entry>>,
+    ) -> io::Result<Entry> {
+        let replace = |entry: &Entry| {
+            let other = replace(entry);
+            if !matches!(other, Ok(None)) {
+                self.fs.forget(ctx, entry.inode, 1);
+            }
+            other
+        };
+        let find = || self.descriptors.answer_or(|| self.fs.lookup(ctx, parent, name), |entry| entry.inode, replace);
+        self.seal.find(parent, name, find, |entry| entry.inode).map(|entry| self.marked(entry))
+    }
+
+    /// Whether the guest knows no such file any more: the server says so by an error of its own.
+    pub fn is_unknown(&self, ctx: Context, inode: Inode) -> bool {
+        self.fs.getattr(ctx, inode, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+    }
+
+    /// What counts the descriptors that the guest holds.
+    pub fn descriptors(&self) -> &Descriptors {
+        &self.descriptors
+    }
+
     /// Notes that the guest has a file open, when it has.
     fn hold(&self, handle: Option<Handle>) -> Option<Handle> {
         handle.inspect(|_| self.descriptors.take())
@@ -230,28 +286,16 @@ impl FileSystem for Share {
     type DirIter = DirIter;
 
     fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
-        let (handle, mut options) = self.descriptors.mind(self.fs.open(ctx, inode, kill_priv, flags))?;
+        let (handle, options) = self.descriptors.mind(self.fs.open(ctx, inode, kill_priv, flags))?;
         let handle = self.hold(handle);
-        // The state is that of after the open: what the guest reads from now on is that or newer.
-        if let Some(mut opened) = self.opened()
-            && let Ok((attr, _)) = self.fs.getattr(ctx, inode, handle)
-            && opened.open(inode, Stamp::of(&attr), SystemTime::now())
-        {
-            options |= OpenOptions::KEEP_CACHE;
-        }
-        if flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY {
-            options |= OpenOptions::NOFLUSH;
-        }
-        Ok((handle, options))
+        Ok((handle, options | self.keeps(inode, flags, || self.fs.getattr(ctx, inode, handle).map(|(attr, _)| attr))))
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        if let Some(mut opened) = self.opened() {
-            opened.forget(inode);
-        }
+        self.unkeep(inode);
         self.fs.forget(ctx, inode, count);
-        // It may have been told of it again meanwhile. The server says that it knows no such file otherwise.
-        if self.fs.getattr(ctx, inode, None).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)) {
+        // It may have been told of it again meanwhile.
+        if self.is_unknown(ctx, inode) {
             self.descriptors.give_back();
             self.seal.forget(inode);
         }
@@ -360,8 +404,7 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
-        let find = || self.descriptors.answer(|| self.fs.lookup(ctx, parent, name), |entry| entry.inode);
-        self.seal.find(parent, name, find, |entry| entry.inode).map(|entry| self.marked(entry))
+        self.lookup_or(ctx, parent, name, |_| Ok(None))
     }
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {

@@ -25,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
         guest.set_nonblocking(true).expect("a socket that does not block");
         // The machine's end is known, so that nobody waits to hear of it.
         let (_machine, ended) = tokio::sync::watch::channel(Some("it was a test".to_owned()));
-        let agent = Agent::new(socket, ended, TIMEOUT).expect("a runtime that watches it");
+        let agent = Agent::new(socket, ended, TIMEOUT, |_| ()).expect("a runtime that watches it");
         let _ = guest.write(data);
         drop(guest);
         let _ = agent.hello("pod", 0, &[]).await;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use caisson_fs::dax::Dax;
 use caisson_fs::descriptors::Descriptors;
 use caisson_fs::device::Device;
+use caisson_fs::linked::Linked;
 use caisson_fs::share::Share;
 use caisson_fs::unnamed::{FIRST, Files, Room, Rules};
 use caisson_fuzz::Input;
@@ -22,6 +23,7 @@ use libfuzzer_sys::fuzz_target;
 use nix::libc::MOUNT_ATTR_RDONLY;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::inotify::{CreateFlags, init};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtiofsd::passthrough::xattrmap::XattrMap;
@@ -88,6 +90,18 @@ fn add_snapshot(share: &Path) -> PathBuf {
     snapshot
 }
 
+/// Adds an overlay, in whose lower layer one file has two names.
+fn add_overlay(share: &Path) {
+    let (lower, overlay) = (share.join("l"), share.join("o"));
+    for folder in ["l", "u", "w", "o"] {
+        std::fs::create_dir(share.join(folder)).expect("a folder of the share");
+    }
+    std::fs::write(lower.join("p"), "old").expect("a file of a layer");
+    std::fs::hard_link(lower.join("p"), lower.join("q")).expect("another name of it");
+    let layers = format!("lowerdir={0}/l,upperdir={0}/u,workdir={0}/w", share.display());
+    mount(Some("overlay"), &overlay, Some("overlay"), MsFlags::empty(), Some(layers.as_str())).expect("an overlay");
+}
+
 /// A request's bytes: its header (`struct fuse_in_header`) and what follows it.
 fn request(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     let length = (HEADER + body.len()) as u32;
@@ -109,6 +123,7 @@ fuzz_target!(|data: &[u8]| {
     let share = share();
     mount(Some("share"), share, Some("tmpfs"), MsFlags::MS_NODEV | MsFlags::MS_NOSUID, Some("size=16m,nr_inodes=1k")).expect("a share");
     let snapshot = add_snapshot(share);
+    add_overlay(share);
     let config = Config { root_dir: share.to_string_lossy().into_owned(), xattr: true, announce_submounts: true, ..Config::default() };
     let fs = PassthroughFs::new(config).expect("the share can be served");
     fs.open_root_node().expect("the share can be opened");
@@ -117,13 +132,18 @@ fuzz_target!(|data: &[u8]| {
     let descriptors = Arc::new(Descriptors::new(DESCRIPTORS, || ()));
     let rules = Rules {
         descriptors: File::open("/proc/self/fd").expect("a folder"),
+        root: File::open(share).expect("the share"),
+        set_id: false,
         attributes: XattrMap::try_from("/ok/all///").expect("a rule"),
         ids: Some(HOST_IDS),
         attr_timeout: Duration::ZERO,
         caches: true,
+        always: false,
+        writeback: false,
         room: Room::new(UNNAMED),
     };
-    let files = Files::new(Share::new(fs, true, true, Arc::clone(&descriptors)), rules);
+    let watches = init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).expect("an inotify instance");
+    let files = Files::new(Share::new(fs, true, true, Arc::clone(&descriptors)), rules, Linked::new(watches));
     let (make, opener) = (files.maker(), files.clone());
     let dax = Dax::new(move |ctx, inode, writes| opener.file(ctx, inode, writes));
     let device = Device::new(files, make, Some(dax), Duration::ZERO, 0, descriptors, move |_reason| end.store(true, Ordering::Relaxed));

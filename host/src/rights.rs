@@ -9,6 +9,7 @@ use caps::{CapSet, Capability, CapsHashSet};
 pub const SHIM: &[Capability] = &[
     // Mounts, namespaces, and the owners that are mapped in them.
     Capability::CAP_SYS_ADMIN,
+    Capability::CAP_SYS_CHROOT,
     Capability::CAP_CHOWN,
     Capability::CAP_SETUID,
     Capability::CAP_SETGID,

@@ -20,6 +20,23 @@ pub enum Allow {
     CallWith(i64, u8, &'static [u64]),
 }
 
+/// How the C library starts a thread: memory, files and all else are its starter's (pthread_create(3), clone(2)).
+const THREAD: u64 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID) as u64;
+
+/// A thread's start, and no process's or namespace's.
+///
+/// clone3(2) has its flags in memory, where no filter sees them: [`install`] has it fail as on kernels that do not know
+/// it, upon which the C library takes clone(2).
+pub const THREAD_START: &[Allow] = &[Allow::Call(libc::SYS_clone3), Allow::CallWith(libc::SYS_clone, 0, &[THREAD])];
+
 /// A filter that could not be built or installed.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
@@ -46,6 +63,11 @@ pub enum SeccompError {
 /// # Errors
 /// When the filter cannot be built or the kernel refuses it.
 pub fn install(role: &'static str, calls: &[&[Allow]]) -> Result<(), SeccompError> {
+    let starts_threads = calls.iter().copied().flatten().any(|call| matches!(call, Allow::Call(libc::SYS_clone3)));
+    if starts_threads {
+        let unknown = failing(role, &[libc::SYS_clone3], libc::ENOSYS)?;
+        seccompiler::apply_filter(&unknown).map_err(|source| SeccompError::Install { role, source })?;
+    }
     let program = build(calls).map_err(|source| SeccompError::Build { role, source })?;
     seccompiler::apply_filter(&program).map_err(|source| SeccompError::Install { role, source })
 }
@@ -56,11 +78,17 @@ pub fn install(role: &'static str, calls: &[&[Allow]]) -> Result<(), SeccompErro
 /// When the filter cannot be built or the kernel refuses it.
 pub fn refuse(role: &'static str, calls: &[i64]) -> Result<(), SeccompError> {
     // The same calls have other numbers with 32-bit pointers, where the kernel knows these.
-    let rules = calls.iter().flat_map(|call| [*call, *call | X32_CALL]).map(|call| (call, Vec::new())).collect();
-    let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, TargetArch::x86_64);
-    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(|source| SeccompError::Build { role, source })?;
+    let calls: Vec<i64> = calls.iter().flat_map(|call| [*call, *call | X32_CALL]).collect();
+    let program = failing(role, &calls, libc::EPERM)?;
     seccompiler::apply_filter_all_threads(&program).map_err(|source| SeccompError::Install { role, source })
+}
+
+/// A filter by which `calls` fail with an error, and nothing else.
+fn failing(role: &'static str, calls: &[i64], errno: i32) -> Result<BpfProgram, SeccompError> {
+    let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
+    let action = SeccompAction::Errno(errno.cast_unsigned());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, action, TargetArch::x86_64);
+    filter.and_then(TryInto::try_into).map_err(|source| SeccompError::Build { role, source })
 }
 
 fn build(calls: &[&[Allow]]) -> Result<BpfProgram, seccompiler::BackendError> {

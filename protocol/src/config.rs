@@ -8,6 +8,7 @@
 //! lists the key.
 
 mod choices;
+mod hosts_own;
 mod keys;
 
 use std::collections::BTreeMap;
@@ -63,6 +64,8 @@ pub struct Config {
     pub max_memory_mib: u64,
     /// The most vCPUs that a pod's limits size its machine to.
     pub max_vcpus: u32,
+    /// Whether the guest may run virtual machines itself.
+    pub nested: bool,
     /// Whether the guest tells which of its memory is free.
     pub report_free_memory: bool,
     /// The VMM's program.
@@ -95,6 +98,8 @@ pub struct Config {
     pub disk_max_requests: u32,
     /// The virtio-fs server's program.
     pub fs_path: PathBuf,
+    /// Program that stands for a container on the host.
+    pub task_path: PathBuf,
     /// What becomes of `hostNetwork`, `hostPID` and `hostIPC`.
     pub host_namespaces: HostNamespaces,
     /// The group of the host whose members are the pod's owners; empty for none.
@@ -103,6 +108,8 @@ pub struct Config {
     pub tenant: Tenant,
     /// What the guest may cache.
     pub fs_cache: CachePolicy,
+    /// Whether set-user-id and capabilities of files, and device nodes, are kept in all volumes of the host.
+    pub fs_set_id: bool,
     /// Whether the guest collects writes.
     pub fs_writeback: bool,
     /// MiB of the window into which the guest maps files; 0 for none.
@@ -144,9 +151,10 @@ impl Default for Config {
             overhead_mib: 96,
             max_memory_mib: 65_536,
             max_vcpus: 32,
+            nested: false,
             report_free_memory: true,
             vmm_path: "/usr/libexec/caisson/caisson-vmm".into(),
-            uid_base: 1_500_000_000,
+            uid_base: 1_879_048_192,
             uid_count: 65_536,
             network_default: NetworkDefault::None,
             network_passt: "/usr/bin/passt".into(),
@@ -160,10 +168,12 @@ impl Default for Config {
             disk_max_mib: 0,
             disk_max_requests: 0,
             fs_path: "/usr/libexec/caisson/caisson-fs".into(),
+            task_path: "/usr/libexec/caisson/caisson-stand-in".into(),
             host_namespaces: HostNamespaces::Refuse,
             pod_owners: String::new(),
             tenant: Tenant::default(),
             fs_cache: CachePolicy::Auto,
+            fs_set_id: false,
             fs_writeback: false,
             fs_window_mib: 0,
             fs_sockets: HostSockets::Refuse,
@@ -310,7 +320,17 @@ impl Config {
             if !self.annotations_allowed.iter().any(|allowed| allowed == key) {
                 return Err(ConfigError::NotAllowed { key: key.to_owned(), allowed: self.annotations_allowed.join(", ") });
             }
+            let most = (self.max_memory_mib, self.max_vcpus);
             self.set(&origin, key, Some(Value::Text(value.clone())), &quoted(value))?;
+            // What limits of containers may size a machine to, who writes the pod may, and no more.
+            let (over, allowed) = match key {
+                "vm.memory_mib" => (self.memory_mib > most.0, "as much as vm.max_memory_mib"),
+                "vm.vcpus" => (self.vcpus > most.1, "as many as vm.max_vcpus"),
+                _ => continue,
+            };
+            if over {
+                return Err(ConfigError::BadValue { origin, key: key.to_owned(), value: quoted(value), allowed });
+            }
         }
         Ok(())
     }
@@ -425,6 +445,23 @@ mod tests {
         assert!(!config("[vm\n").unwrap_err().contains('\n'));
     }
 
+    use super::hosts_own::HOSTS_OWN;
+
+    #[test]
+    fn what_is_the_hosts_business_no_pod_may_be_let_to_set() {
+        for key in KEYS.iter().map(|key| key.name) {
+            let allowed = config(&format!("[annotations]\nallowed = [\"{key}\"]\n"));
+            let is_hosts =
+                key.ends_with("path") || key.contains("uid_") || ["run.dir", "pod.owners", "tenant.cgroup", "fs.id_base"].contains(&key);
+            if is_hosts {
+                assert!(allowed.unwrap_err().contains("annotations.allowed"), "{key}");
+            } else {
+                assert_eq!(allowed.is_ok(), !HOSTS_OWN.contains(&key), "{key}");
+            }
+        }
+        assert!(HOSTS_OWN.iter().all(|name| find(name).is_some()));
+    }
+
     #[test]
     fn an_annotation_sets_only_what_is_allowed() {
         let annotations = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
@@ -438,6 +475,13 @@ mod tests {
             error.to_string(),
             "annotation io.caisson.kernel.path is not allowed on this host; annotations.allowed lists vm.vcpus, vm.memory_mib"
         );
+        let mut bound = Config { max_memory_mib: 1024, max_vcpus: 2, ..Config::default() };
+        bound.apply_annotations(&annotations(&[("io.caisson.vm.vcpus", "2"), ("io.caisson.vm.memory_mib", "1024")])).unwrap();
+        for (key, value, most) in [("vm.vcpus", "3", "as many as vm.max_vcpus"), ("vm.memory_mib", "1026", "as much as vm.max_memory_mib")]
+        {
+            let error = bound.clone().apply_annotations(&annotations(&[(&format!("io.caisson.{key}"), value)])).unwrap_err();
+            assert!(error.to_string().contains(&format!("{key} = \"{value}\" is not allowed; allowed is {most}")), "{error}");
+        }
         let error = config.apply_annotations(&annotations(&[("io.caisson.vm.vcpus", "33")])).unwrap_err();
         assert!(error.to_string().contains("vm.vcpus = \"33\" is not allowed; allowed is 1 to 32"));
     }

@@ -6,10 +6,15 @@ use serde::{Deserialize, Serialize};
 /// `fs.id_base` on, the guest's root being the first.
 pub const HOST_IDS: u32 = 1 << 16;
 
-/// How the server serves the folder that it was started in. File descriptor beside it: a listening
-/// socket to which the VMM's end of the vhost-user conversation is already connected.
+/// How the server serves the share. File descriptors beside it: the share's root, a mount that is attached nowhere; a
+/// listening socket to which the VMM's end of the vhost-user conversation is already connected; an inotify instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FsConfig {
+    /// The first of [`HOST_IDS`] users and groups of the host that the pod has for its own; without, those of the host are
+    /// the pod's.
+    pub id_base: Option<u32>,
+    /// Whether set-user-id and capabilities of files, and device nodes, are kept in all volumes of the host.
+    pub set_id: bool,
     /// How long the guest may trust what it cached.
     pub cache: CachePolicy,
     /// Whether the guest may collect writes before it makes them.
@@ -38,11 +43,13 @@ pub enum CachePolicy {
 /// What the server answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
-    /// It is in its jail; its id in the namespace of the shim.
+    /// It has its namespaces; its id in that of the shim.
     Jailed {
         /// Process id.
         pid: u32,
     },
+    /// It has entered its jail. File descriptor beside it: its mount namespace.
+    Entered,
     /// The guest remembers so many files that there will be no room for more: it had better forget some.
     Crowded,
     /// It cannot serve: one sentence. The last message.

@@ -24,6 +24,8 @@ pub const SNAPSHOT_DIR: &str = "snapshot";
 pub const UPPER_DIR: &str = "fs";
 /// What overlayfs needs beside it.
 pub const WORK_DIR: &str = "work";
+/// Beside it, a folder for each of these volumes in which what gives a file rights on the host is kept.
+pub const KEEPS_DIR: &str = "keeps";
 /// Within the share, a container's folder holds its bind mounts under this name, numbered.
 pub const MOUNTS_DIR: &str = "mounts";
 

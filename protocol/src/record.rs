@@ -3,6 +3,7 @@
 //! The record is written before what it names is acquired: a killed shim leaves a record that
 //! names at least all that exists.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,9 @@ pub struct PodRecord {
     pub socket: String,
     /// Containers of the pod.
     pub containers: Vec<String>,
+    /// Folders of the snapshots that containers write to by themselves, by container.
+    #[serde(default)]
+    pub snapshots: BTreeMap<String, PathBuf>,
     /// vCPUs and memory of the VM.
     pub vcpus: u32,
     /// Guest memory in MiB.

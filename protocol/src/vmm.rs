@@ -170,6 +170,8 @@ pub struct BootConfig {
     pub max_added_mib: u64,
     /// MiB of the window into which the virtio-fs server maps files: 0 for none, or an even number in [`FILES_MIB`].
     pub files_mib: u64,
+    /// Whether the guest may run virtual machines itself, where the host lets it.
+    pub nested: bool,
     /// Whether the guest tells which of its memory is free, so that the host has it back.
     pub report_free_memory: bool,
     /// Whether requests of disks go to the host's kernel by rings, where it has them.

@@ -6,18 +6,25 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use caisson_host::process::Process;
 use caisson_protocol::config::Tenant;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use crate::store::within;
 
 const MOUNT: &str = "/sys/fs/cgroup";
 /// Hierarchies of cgroup v1 that the pod's processes join: those that count and limit.
 const COUNTING: &[&str] = &["blkio", "cpu", "cpu,cpuacct", "cpuacct", "memory", "pids"];
+/// The cgroup of the shims whose pods have ended.
+const SHIMS: &str = "/caisson";
+/// The part of the pod's processor time that the shim gets when all is asked for (`cpu.weight`, of 1 to 10,000): a
+/// hundred times the machine's.
+const SHIM_WEIGHT: &str = "10000";
+/// Bytes of the shim's memory that the kernel leaves it when the pod has no more (`memory.low`): what it has.
+const SHIM_MEMORY: &str = "16777216";
 /// How long killed processes may take to leave.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -77,37 +84,107 @@ impl Place {
         })
     }
 
-    /// Makes the cgroup, which may exist, and moves processes into it.
+    /// Makes the cgroup, which may exist, with its leaves, and moves processes of the machine into theirs and the shim
+    /// into its own.
     ///
     /// # Errors
     /// When the host does not allow it.
-    pub async fn join(&self, pids: &[u32]) -> Result<()> {
-        match &self.scope {
-            // systemd makes a scope once, for its first processes, and leaves it to us then.
-            Some(scope) if Path::new(SYSTEMD).exists() && !self.has_processes() => {
-                scope.start(pids).await?;
-                // In the hierarchies that systemd leaves alone, as well.
-                self.join_directly(pids)
-            }
-            _ => self.join_directly(pids),
+    pub async fn make(&self, machine: &[u32]) -> Result<()> {
+        let shim = std::process::id();
+        note_where_from();
+        // systemd makes a scope once, for its first processes, and leaves it to us then.
+        if let Some(scope) = self.scope.as_ref().filter(|_| Path::new(SYSTEMD).exists() && !self.has_processes()) {
+            scope.start(&[machine, &[shim]].concat()).await?;
         }
-    }
-
-    fn has_processes(&self) -> bool {
-        let processes = |dir: PathBuf| std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-        dirs(&self.path).into_iter().any(|dir| !processes(dir).is_empty())
-    }
-
-    fn join_directly(&self, pids: &[u32]) -> Result<()> {
-        for dir in dirs(&self.path) {
-            make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
-            for pid in pids {
-                std::fs::write(dir.join("cgroup.procs"), pid.to_string())
-                    .with_context(|| format!("move process {pid} into cgroup {}", dir.display()))?;
+        self.join(Leaf::Machine, machine)?;
+        self.join(Leaf::Shim, &[shim])?;
+        if is_unified() {
+            let leaf = Path::new(MOUNT).join(self.path.trim_start_matches('/')).join(Leaf::Shim.name());
+            ["cpu", "memory"].iter().for_each(|controller| pass_down(&leaf, controller));
+            for (file, value) in [("cpu.weight", SHIM_WEIGHT), ("memory.low", SHIM_MEMORY)] {
+                let file = leaf.join(file);
+                if file.exists() {
+                    std::fs::write(&file, value).with_context(|| format!("write {value} to {}", file.display()))?;
+                }
             }
         }
         Ok(())
     }
+
+    fn has_processes(&self) -> bool {
+        let processes = |dir: &Path| std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        dirs(&self.path).into_iter().any(|dir| !processes(&dir).is_empty() || !processes(&dir.join(Leaf::Machine.name())).is_empty())
+    }
+
+    /// Moves processes into a leaf.
+    ///
+    /// # Errors
+    /// When the host does not allow it.
+    pub fn join(&self, leaf: Leaf, pids: &[u32]) -> Result<()> {
+        dirs(&self.path).iter().try_for_each(|dir| move_to(&dir.join(leaf.name()), pids))
+    }
+}
+
+/// The cgroups within a pod's: who is in the one does not keep who is in the other from the processor, and the pod's limits
+/// are those of both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaf {
+    /// The monitor, the file server, and what else works for the guest.
+    Machine,
+    /// The shim.
+    Shim,
+}
+
+impl Leaf {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Machine => "machine",
+            Self::Shim => "shim",
+        }
+    }
+}
+
+fn move_to(dir: &Path, pids: &[u32]) -> Result<()> {
+    make(dir).with_context(|| format!("create cgroup {}", dir.display()))?;
+    for pid in pids {
+        std::fs::write(dir.join("cgroup.procs"), pid.to_string())
+            .with_context(|| format!("move process {pid} into cgroup {}", dir.display()))?;
+    }
+    Ok(())
+}
+
+/// Has the shim leave its pod's cgroup for one that all shims have: who kills the pod's processes, as kubelet does when a
+/// pod has ended, does not kill the shim, which containerd asks until the pod is removed.
+///
+/// # Errors
+/// When the host does not allow it.
+pub fn leave() -> Result<()> {
+    let left = dirs(SHIMS).iter().try_for_each(|dir| move_to(dir, &[std::process::id()]));
+    // Who is not root may have no cgroup there, and goes back to where it came from.
+    left.or_else(|error| CAME_FROM.get().map_or(Err(error), |dir| move_to(dir, &[std::process::id()])))
+}
+
+/// The cgroup of v2 that the shim was in before its pod's.
+static CAME_FROM: OnceLock<PathBuf> = OnceLock::new();
+
+fn note_where_from() {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    if let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::/")) {
+        // The first one counts.
+        let _ = CAME_FROM.set(Path::new(MOUNT).join(path));
+    }
+}
+
+/// Whether this process is in a cgroup, or in one below it.
+fn has_me(path: &str) -> bool {
+    let within = |line: &str| {
+        // proc(5): HIERARCHY:CONTROLLERS:PATH
+        line.splitn(3, ':')
+            .nth(2)
+            .and_then(|own| own.strip_prefix(path.trim_end_matches('/')))
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    std::fs::read_to_string("/proc/self/cgroup").is_ok_and(|text| text.lines().any(within))
 }
 
 impl Scope {
@@ -196,6 +273,14 @@ fn make(dir: &Path) -> std::io::Result<()> {
     }
 }
 
+/// Has a cgroup of v2 get a controller from all above it, as far as it is to be had there.
+fn pass_down(dir: &Path, controller: &str) {
+    let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|above| above.starts_with(MOUNT)).collect();
+    for group in above.into_iter().rev() {
+        let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
+}
+
 /// Makes a tenant's cgroup and sets its limits; those of 0 stay what they are.
 ///
 /// # Errors
@@ -214,11 +299,8 @@ pub fn limit(tenant: &Tenant) -> Result<()> {
         let dir = root.join(tenant.cgroup.trim_start_matches('/'));
         make(&dir).with_context(|| format!("create cgroup {}", dir.display()))?;
         if unified {
-            // The controller is to be had from all above. Where it is not, it shows when the limit is set.
-            let above: Vec<&Path> = dir.ancestors().skip(1).take_while(|above| above.starts_with(&root)).collect();
-            for group in above.into_iter().rev() {
-                let _ = std::fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"));
-            }
+            // Where it is not to be had, it shows when the limit is set.
+            pass_down(&dir, controller);
         }
         let file = dir.join(file);
         std::fs::write(&file, value.to_string())
@@ -233,12 +315,21 @@ pub fn limit(tenant: &Tenant) -> Result<()> {
 /// # Errors
 /// When something in it does not die.
 pub fn remove(path: &str, namespace: &str) -> Result<()> {
+    if has_me(path) {
+        leave().context("leave the pod's cgroup")?;
+    }
     dirs(path).iter().try_for_each(|dir| remove_dir(dir, namespace))
 }
 
 fn remove_dir(dir: &Path, namespace: &str) -> Result<()> {
     let start = Instant::now();
+    let leaves = [Leaf::Machine, Leaf::Shim].map(|leaf| dir.join(leaf.name()));
     loop {
+        for leaf in &leaves {
+            kill_all(leaf);
+            // With what is left in it the cgroup above it stays as well.
+            let _ = std::fs::remove_dir(leaf);
+        }
         kill_all(dir);
         match std::fs::remove_dir(dir) {
             Ok(()) => break,
@@ -260,13 +351,15 @@ fn kill_all(dir: &Path) {
     if std::fs::OpenOptions::new().write(true).open(dir.join("cgroup.kill")).and_then(|mut file| file.write_all(b"1")).is_ok() {
         return;
     }
-    for pid in std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines().filter_map(|line| line.parse().ok()) {
-        // 0 stands for a process of another namespace, and would mean our own group.
-        if pid == 0 {
-            continue;
-        }
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
+    let processes = || -> Vec<u32> {
+        let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    };
+    // 0 stands for a process of another namespace, which no handle is to be had of.
+    let handles: Vec<Process> = processes().into_iter().filter_map(|pid| Process::open(pid).ok()).collect();
+    // What was in the cgroup may have ended before its handle was made: that is of another process then.
+    let still = processes();
+    handles.iter().filter(|process| still.contains(&process.id())).for_each(Process::kill);
 }
 
 #[cfg(test)]

@@ -1,32 +1,33 @@
 //! A container of the pod: its folder in the share, its processes.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use caisson_protocol::agent::Layers;
 use caisson_protocol::config::{Config, HostSockets};
 use caisson_protocol::fs::HOST_IDS;
-use caisson_protocol::guest::{MOUNTS_DIR, ROOTFS_DIR, SNAPSHOT_DIR, shared_mount};
+use caisson_protocol::guest::{KEEPS_DIR, MOUNTS_DIR, ROOTFS_DIR, SNAPSHOT_DIR, shared_mount};
 use serde_json::Value;
 
 use crate::disks::Root;
 use crate::errors::{self, Error};
 use crate::idmap::IdMap;
+use crate::machine::Machine;
 use crate::mounts::{self, How, ReadOnly};
 use crate::pod::CreateContainer;
-use crate::process::Process;
+use crate::process::{Process, Status};
+use crate::share::made_in_workshop;
 use crate::snapshot::{self, Left};
 use crate::spec::Bind;
-use crate::store::{Store, remove_empty_tree, unmount_below};
+use crate::stand_in::StandIn;
 
 /// Mounts within a container's volumes: a node has some hundreds.
 const MAX_INNER_MOUNTS: usize = 4096;
-/// For a thread that only sleeps.
-const TASK_STACK: usize = 16 << 10;
 
 /// A container.
 pub struct Container {
@@ -37,7 +38,7 @@ pub struct Container {
     /// Its own process.
     pub init: Arc<Process>,
     /// What stands for that process on the host.
-    pub task: TaskId,
+    pub task: StandIn,
     /// That process's id in the guest.
     pub guest_pid: u32,
     /// Whether it is paused.
@@ -49,7 +50,7 @@ pub struct Container {
 
 impl Container {
     /// A container with its own process.
-    pub fn new(id: &str, bundle: &str, init: Arc<Process>, task: TaskId, guest_pid: u32) -> Self {
+    pub fn new(id: &str, bundle: &str, init: Arc<Process>, task: StandIn, guest_pid: u32) -> Self {
         Self {
             id: id.to_owned(),
             bundle: bundle.to_owned(),
@@ -95,68 +96,33 @@ impl Container {
         self.execs().contains_key(exec)
     }
 
+    /// The ids of the execs that run.
+    pub fn running_execs(&self) -> Vec<String> {
+        self.execs().values().filter(|process| process.status() == Status::Running).map(|process| process.exec.clone()).collect()
+    }
+
     /// Forgets an exec.
     pub fn remove_exec(&self, exec: &str) {
         self.execs().remove(exec);
     }
 }
 
-/// The process id by which the host knows a container's own process.
-///
-/// containerd refers to a container by it (`/proc/PID/ns/...`), so no two containers of a pod may
-/// have the same. The pod's first container is known by the monitor's; for each other one a thread
-/// of the shim sleeps.
-pub struct TaskId {
-    pid: u32,
-    /// Dropping it ends the thread.
-    _thread: Option<mpsc::Sender<()>>,
-}
-
-impl TaskId {
-    /// The monitor's.
-    pub const fn monitor(pid: u32) -> Self {
-        Self { pid, _thread: None }
-    }
-
-    /// Starts a thread that stands for a container.
-    ///
-    /// # Errors
-    /// When no thread can be had.
-    pub fn thread() -> Result<Self> {
-        let (stop, stopped) = mpsc::channel();
-        let (tell, told) = mpsc::channel();
-        let sleep = move || {
-            let _ = tell.send(nix::unistd::gettid());
-            let _ = stopped.recv();
-        };
-        std::thread::Builder::new().name("task".into()).stack_size(TASK_STACK).spawn(sleep).context("start the container's thread")?;
-        let id = told.recv().context("hear from the container's thread")?;
-        Ok(Self { pid: id.as_raw().unsigned_abs(), _thread: Some(stop) })
-    }
-
-    /// The id.
-    pub const fn pid(&self) -> u32 {
-        self.pid
-    }
-}
-
-/// A container's folder in the share; its mounts come off when it is dropped unless kept.
-pub struct ShareFolder {
-    path: PathBuf,
-    run_dir: PathBuf,
+/// A container's folder in the share; it goes when it is dropped unless kept.
+pub struct ShareFolder<'m> {
+    machine: &'m Machine,
+    container: &'m str,
     kept: bool,
 }
 
-impl ShareFolder {
+impl<'m> ShareFolder<'m> {
     /// Mounts a container's bind mounts into the pod's share.
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn make(store: &Store, container: &str, binds: &[Bind], config: &Config) -> Result<Self> {
-        let path = store.share().join(container);
-        std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
-        let folder = Self { path, run_dir: store.run_dir().to_owned(), kept: false };
-        binds.iter().try_for_each(|bind| folder.bind(bind, config))?;
+    pub fn make(machine: &'m Machine, container: &'m str, binds: &[Bind]) -> Result<Self> {
+        machine.sandbox.share.make_folder(Path::new(container))?;
+        let folder = Self { machine, container, kept: false };
+        binds.iter().try_for_each(|bind| folder.bind(bind))?;
         Ok(folder)
     }
 
@@ -165,77 +131,70 @@ impl ShareFolder {
     ///
     /// # Errors
     /// What could not be mounted, and why.
-    pub fn mount_root(&self, root: Root, store: &Store, create: &CreateContainer<'_>, config: &Config) -> Result<Option<Layers>> {
-        let target = self.path.join(ROOTFS_DIR);
+    pub fn mount_root(&self, root: Root, create: &CreateContainer<'_>) -> Result<Option<Layers>> {
+        let Machine { config, store, .. } = self.machine;
         let owners = owners(config);
-        if !matches!(root, Root::Disk) {
-            std::fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
-        }
-        match root {
-            Root::Disk => Ok(None),
+        let mounted = match root {
+            Root::Disk => return Ok(None),
             Root::Layers { layers, snapshot: folder } => {
                 if let Some(folder) = folder {
-                    snapshot::share(&folder, &self.path.join(SNAPSHOT_DIR), owners.as_ref())
-                        .with_context(|| format!("snapshot {}", folder.display()))?;
+                    // On record first: whoever takes the pod apart settles it.
+                    store.change(|record| {
+                        record.snapshots.insert(self.container.to_owned(), folder.clone());
+                    })?;
+                    let shared = snapshot::share(&folder, owners.as_ref()).with_context(|| format!("snapshot {}", folder.display()))?;
+                    self.attach(&shared, Path::new(SNAPSHOT_DIR), true)?;
                 }
-                Ok(Some(layers))
+                self.machine.sandbox.share.make_folder(&Path::new(self.container).join(ROOTFS_DIR))?;
+                return Ok(Some(layers));
             }
             Root::Mounts if create.rootfs.is_empty() => {
                 let source = create.spec.root_path(Path::new(create.bundle));
-                mounts::bind(&source, &target, &How { below: true, owners, owners_below: true, ..How::default() })
-                    .with_context(|| format!("bind the root file system {}", source.display()))?;
-                Ok(None)
+                mounts::copy(&source, &How { below: true, owners, owners_below: true, ..How::default() })
+                    .with_context(|| format!("bind the root file system {}", source.display()))?
             }
             Root::Mounts => {
-                mounts::mount_rootfs(create.rootfs, &target, owners.as_ref(), &store.dir().join("layers"))?;
-                Ok(None)
+                made_in_workshop(store.dir(), |target, scratch| mounts::mount_rootfs(create.rootfs, target, owners.as_ref(), scratch))?
             }
-        }
+        };
+        self.attach(&mounted, Path::new(ROOTFS_DIR), true).context("share the root file system")?;
+        Ok(None)
     }
 
-    fn bind(&self, bind: &Bind, config: &Config) -> Result<()> {
-        let source = &bind.source;
+    fn attach(&self, mount: &OwnedFd, name: &Path, is_folder: bool) -> Result<()> {
+        self.machine.sandbox.share.attach(mount, &Path::new(self.container).join(name), is_folder)
+    }
+
+    fn bind(&self, bind: &Bind) -> Result<()> {
+        let (source, config) = (&bind.source, &self.machine.config);
         let what = || format!("bind mount of {}", source.display());
-        let target = self.path.join(MOUNTS_DIR).join(&bind.name);
         let kind = std::fs::metadata(source).with_context(what)?.file_type();
         ensure!(
             config.fs_sockets == HostSockets::Dead || !(kind.is_socket() || kind.is_fifo()),
             "{}: it is a socket or FIFO of the host, whose other end a virtual machine cannot reach; set fs.sockets = \"carry\" to have connections to a socket carried to it, or \"dead\" to bind it all the same",
             what()
         );
-        if kind.is_dir() {
-            std::fs::create_dir_all(&target).with_context(what)?;
-        } else {
-            std::fs::create_dir_all(self.path.join(MOUNTS_DIR)).with_context(what)?;
-            std::fs::File::create_new(&target).with_context(what)?;
-        }
         let real = source.canonicalize().with_context(what)?;
-        match owners(config).filter(|_| !is_mapped(config, bind, &real)) {
+        let is_mapped = is_mapped(config, bind, &real);
+        if is_mapped {
+            // The file server looks for it.
+            self.machine.sandbox.share.make_folder(&Path::new(self.container).join(KEEPS_DIR).join(&bind.name))?;
+        }
+        let mounted = match owners(config).filter(|_| !is_mapped) {
             Some(owners) => {
                 ensure!(bind.how.owners.is_none(), "{}: it has a mapping of owners of its own, which fs.id_base excludes", what());
                 let how = How { owners: Some(owners), owners_below: bind.how.below, ..bind.how.clone() };
-                if let Err(error) = mounts::bind(source, &target, &how) {
+                mounts::copy(source, &how).or_else(|error| {
                     // Not every file system can do so, and one among those mounted below it suffices.
-                    mounts::bind(source, &target, &How { owners_below: false, ..how })
+                    let mounted = mounts::copy(source, &How { owners_below: false, ..how })
                         .with_context(|| format!("{} (with fs.id_base; those in fs.mapped_volumes need no mapping)", what()))?;
                     log::warn!("{}: what is mounted within belongs to nobody in the pod: {error:#}", what());
-                }
+                    anyhow::Ok(mounted)
+                })?
             }
-            None => mounts::bind(source, &target, &bind.how).with_context(what)?,
-        }
-        self.prune(&real, &target).with_context(what)
-    }
-
-    /// Takes what pods have mounted for themselves out of a bound folder: a pod with all of the host's
-    /// files would hold a copy of every other pod's, and the next such pod copies of those.
-    fn prune(&self, source: &Path, target: &Path) -> Result<()> {
-        if source.starts_with(&self.run_dir) {
-            mounts::below(target)?.iter().try_for_each(|inner| unmount_below(&target.join(inner)))
-        } else if let Ok(inside) = self.run_dir.strip_prefix(source) {
-            unmount_below(&target.join(inside))
-        } else {
-            Ok(())
-        }
+            None => mounts::copy(source, &bind.how).with_context(what)?,
+        };
+        self.attach(&mounted, &Path::new(MOUNTS_DIR).join(&bind.name), kind.is_dir()).with_context(what)
     }
 
     /// What is mounted within the folders that are bound read-only, but not with all below them, as
@@ -246,27 +205,27 @@ impl ShareFolder {
     ///
     /// # Errors
     /// When there are more than a machine is to know of, or the kernel's list cannot be read.
-    pub fn inner_mounts(&self, container: &str, binds: &[Bind]) -> Result<Vec<String>> {
+    pub fn inner_mounts(&self, binds: &[Bind]) -> Result<Vec<String>> {
         let mut inner = Vec::new();
         for bind in binds.iter().filter(|bind| bind.how.below && bind.how.read_only == ReadOnly::Top) {
-            let guest = PathBuf::from(shared_mount(container, &bind.name));
-            let mounts = mounts::below(&self.path.join(MOUNTS_DIR).join(&bind.name))?;
-            inner.extend(mounts.into_iter().map(|path| guest.join(path).to_string_lossy().into_owned()));
+            let guest = PathBuf::from(shared_mount(self.container, &bind.name));
+            let real = bind.source.canonicalize().with_context(|| format!("find {}", bind.source.display()))?;
+            inner.extend(mounts::below(&real)?.into_iter().map(|path| guest.join(path).to_string_lossy().into_owned()));
         }
         ensure!(inner.len() <= MAX_INNER_MOUNTS, "its volumes hold {} mounts; at most {MAX_INNER_MOUNTS} are allowed", inner.len());
         Ok(inner)
     }
 
-    /// Leaves the mounts in place.
+    /// Leaves the folder where it is.
     pub fn keep(mut self) {
         self.kept = true;
     }
 }
 
-impl Drop for ShareFolder {
+impl Drop for ShareFolder<'_> {
     fn drop(&mut self) {
         if !self.kept
-            && let Err(error) = remove_share_folder(&self.path)
+            && let Err(error) = remove_share_folder(self.machine, self.container)
         {
             log::error!("{error:#}");
         }
@@ -308,10 +267,14 @@ fn owners(config: &Config) -> Option<IdMap> {
 ///
 /// # Errors
 /// What could not be unmounted or removed.
-pub fn remove_share_folder(path: &Path) -> Result<()> {
-    let left = Left::of(path);
-    let removed = unmount_below(path).and_then(|()| remove_empty_tree(path));
+pub fn remove_share_folder(machine: &Machine, container: &str) -> Result<()> {
+    let removed = machine.sandbox.share.remove(Path::new(container));
     // Last, as the container may have left much.
-    left.into_iter().for_each(Left::settle);
+    if let Some(snapshot) = machine.store.read(|record| record.snapshots.get(container).cloned()) {
+        Left::at(&snapshot).into_iter().for_each(Left::settle);
+        machine.store.change(|record| {
+            record.snapshots.remove(container);
+        })?;
+    }
     removed
 }

@@ -46,6 +46,13 @@ impl Pod {
             if process.exec.is_empty() {
                 pod.leave_room(&container.id);
             }
+            if process.exec.is_empty() {
+                // Whoever hears that nothing of the pod runs any more may kill what is left in its cgroup.
+                if pod.runs_nothing_but(&container.id) {
+                    machine.sandbox.leave();
+                }
+                container.task.end(exit.status);
+            }
             if process.set_exited(exit) {
                 let id = if process.exec.is_empty() { container.id.clone() } else { process.exec.clone() };
                 pod.publish(

@@ -3,11 +3,13 @@
 //! [`bootstrap`] starts the daemon of a pod, [`daemon`] serves it, [`cleanup`] undoes it.
 
 pub mod agent;
+mod agent_client;
 pub mod bootstrap;
 mod calls;
 mod cgroup;
 mod channel;
 pub mod cleanup;
+mod console;
 mod container;
 mod cri;
 pub mod daemon;
@@ -16,6 +18,7 @@ mod ending;
 pub mod errors;
 mod events;
 mod exits;
+mod file_server;
 mod filter;
 pub mod flags;
 pub mod idmap;
@@ -32,10 +35,12 @@ mod room;
 mod sandbox;
 mod sandboxer;
 mod service;
+mod share;
 mod size;
 mod snapshot;
 mod sockets;
 mod spec;
+mod stand_in;
 pub mod stats;
 mod stdio;
 mod store;

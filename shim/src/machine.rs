@@ -1,9 +1,10 @@
 //! A pod's machine with all that was acquired for it: the record on disk, the network, the
 //! configuration that it was booted with.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -19,10 +20,15 @@ use crate::disks::Disks;
 use crate::errors::{Error, Result};
 use crate::filter;
 use crate::network::{self, Network};
+use crate::pod::Pod;
 use crate::sandbox::Sandbox;
 use crate::size::{Bounds, Size};
 use crate::spec::Spec;
+use crate::stand_in::StandIn;
 use crate::store::{self, Store};
+
+/// The role of what stands for a container, on record.
+const STAND_IN: &str = "stand-in";
 
 /// What a pod is known by.
 #[derive(Debug, Clone)]
@@ -44,6 +50,9 @@ pub struct Machine {
     pub store: Arc<Store>,
     /// What it was booted with.
     pub config: Config,
+    /// The network namespace of what stands for the pod's containers on the host: the one that the pod was given, or the
+    /// first one's own.
+    namespace: OnceCell<Arc<File>>,
     /// The interfaces of the pod's network namespace; none for a pod that has only its own.
     network: OnceCell<Arc<Network>>,
     /// Whether it has one that a program of the host carries instead.
@@ -64,7 +73,7 @@ impl Machine {
     ///
     /// # Errors
     /// What is wrong with configuration or annotations, and the step that failed; nothing is left.
-    pub async fn boot(name: &Name, handler_config: Option<&Path>, spec: &Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
+    pub async fn boot(name: &Name, handler_config: Option<&Path>, spec: &Spec, files: &[PodFile]) -> Result<Arc<Self>> {
         let config = configuration(name, handler_config, spec)?;
         if config.log_level != "info"
             && let Ok(level) = config.log_level.parse()
@@ -88,7 +97,7 @@ impl Machine {
         };
         let booted = async {
             let store = Arc::new(Store::create(&config.run_dir, record)?);
-            let sandbox = Sandbox::boot(&config, &store, spec, files, bundle).await?;
+            let sandbox = Sandbox::boot(&config, &store, spec, files).await?;
             let config = config.clone();
             let machine = Self {
                 name: name.clone(),
@@ -97,6 +106,7 @@ impl Machine {
                 user_network: config.network_default == NetworkDefault::User && spec.network_namespace().is_none(),
                 disks: Disks::new(config.disk_limit(), config.disk_layers),
                 config,
+                namespace: OnceCell::new(),
                 network: OnceCell::new(),
                 log_folder: spec.annotations().remove(LOG_FOLDER).filter(|path| path.starts_with('/')).map(PathBuf::from),
                 resizing: tokio::sync::Mutex::default(),
@@ -117,9 +127,13 @@ impl Machine {
     /// Gives the guest the network that the pod was given, or that the configuration has for pods without.
     async fn connect_first(&self, spec: &Spec) -> anyhow::Result<()> {
         match spec.network_namespace() {
-            Some(path) => self.connect(path).await,
+            Some(path) => {
+                let given = || async { File::open(path).map(Arc::new).with_context(|| format!("open {}", path.display())) };
+                self.namespace.get_or_try_init(given).await?;
+                self.connect(path).await
+            }
             None if self.user_network => {
-                let connected = network::user::connect(&self.config, &self.store, spec, &self.sandbox).await;
+                let connected = network::user::connect(&self.config, &self.store, &self.sandbox).await;
                 connected.context("give the pod a network of its own (network.default)")
             }
             None => Ok(()),
@@ -138,13 +152,32 @@ impl Machine {
         self.network.get_or_try_init(connect).await.context("set up the pod's network").map(drop)
     }
 
+    /// Starts what stands for a container on the host, in the pod's cgroup and on record.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn stand_in(&self, pod: Weak<Pod>, container: &str) -> anyhow::Result<StandIn> {
+        let user = self.store.read(|record| record.uid).context("the pod has no user id")?;
+        let start = || StandIn::start(&self.config.task_path, user, self.namespace.get().map(Arc::clone), Weak::clone(&pod), container);
+        let stand_in = start().await?;
+        let pid = stand_in.pid();
+        let own = || async { File::open(format!("/proc/{pid}/ns/net")).map(Arc::new).context("open a network namespace") };
+        self.namespace.get_or_try_init(own).await?;
+        self.store.change(|record| {
+            record.processes.retain(|process| process.role != STAND_IN || records::is_alive(process));
+            record.processes.push(records::process(STAND_IN, pid));
+        })?;
+        self.sandbox.count(&[pid])?;
+        Ok(stand_in)
+    }
+
     /// Connects a pod that was given no network namespace to what was put into that of its first
-    /// process, which is the monitor on the host, as `ctr run --cni` does before it starts the task.
+    /// process, as `ctr run --cni` does before it starts the task.
     ///
     /// # Errors
     /// What of the network could not be set up.
-    pub async fn connect_late(&self) -> anyhow::Result<()> {
-        match network::filled_namespace(self.sandbox.vmm.pid()) {
+    pub async fn connect_late(&self, pid: u32) -> anyhow::Result<()> {
+        match network::filled_namespace(pid) {
             Some(_) if self.user_network => anyhow::bail!("a CNI plugin made the pod a network, but it has one already (network.default)"),
             Some(path) if !self.network.initialized() => self.connect(&path).await,
             _ => Ok(()),

@@ -1,7 +1,7 @@
 //! Mounts on the host: a container's root file system and its bind mounts, put into the share.
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -10,11 +10,10 @@ use caisson_sys::mounts::{self as trees, Attributes};
 use containerd_shim_protos::types::mount::Mount;
 use nix::fcntl::AT_FDCWD;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use crate::idmap::IdMap;
 use crate::snapshot;
-use crate::store::{remove_empty_tree, unmount_below};
 
 /// Mount data longer than a page is refused by the kernel.
 const MAX_DATA: usize = 4095;
@@ -58,9 +57,9 @@ fn parse_options(options: &[String]) -> (MsFlags, Vec<&str>) {
 }
 
 /// Mounts what containerd's snapshotter prepared at `target`, in order, one over the other; with `owners`
-/// what is on disk has those in it.
+/// what is on disk has those in it. To be called in a workshop (`share.rs`).
 ///
-/// `scratch` is a folder that the guest does not see, and that is gone afterwards.
+/// `scratch` is an empty folder that the guest does not see.
 ///
 /// # Errors
 /// Which mount failed, and why.
@@ -74,12 +73,13 @@ pub fn mount_rootfs(mounts: &[Mount], target: &Path, owners: Option<&IdMap>, scr
     Ok(())
 }
 
-/// `path` below `root`, refusing what would leave it.
+/// The place that `path` names below `root`, where links lead to what they mean within it (openat2(2)).
 fn inside(root: &Path, path: &Path) -> Result<PathBuf> {
-    if path.components().any(|part| part == std::path::Component::ParentDir) {
-        bail!("mount target {} leaves the root file system", path.display());
-    }
-    Ok(root.join(path.strip_prefix("/").unwrap_or(path)))
+    let what = || format!("find {} in the root file system", path.display());
+    let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).with_context(what)?;
+    let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let place = openat2(&root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), how).with_context(what)?;
+    std::fs::read_link(format!("/proc/self/fd/{}", place.as_raw_fd())).with_context(what)
 }
 
 fn mount_one(one: &Mount, target: &Path, pods_owners: Option<&IdMap>, scratch: &Path) -> Result<()> {
@@ -177,20 +177,25 @@ fn attributes(flags: MsFlags) -> u64 {
     attributes.iter().filter(|(flag, _)| flags.contains(*flag)).fold(0, |set, (_, attribute)| set | attribute)
 }
 
-/// Binds `source` at `target`.
+/// A copy of `source` that is attached nowhere.
 ///
-/// The copy leaves its source's peer group before it is attached: what is unmounted in the share
+/// It leaves its source's peer group: what is unmounted in the share
 /// when a container ends stays mounted on the host. Flags of the source stay; device nodes and
 /// set-user-id programs mean something in the guest only.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn bind(source: &Path, target: &Path, how: &How) -> Result<()> {
+pub fn copy(source: &Path, how: &How) -> Result<OwnedFd> {
     let namespace = how.owners.as_ref().map(IdMap::namespace).transpose()?;
-    bind_mapped(source, target, how, namespace.as_deref())
+    copy_mapped(source, how, namespace.as_deref())
 }
 
-fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>) -> Result<()> {
+/// Binds `source` at `target`.
+fn bind(source: &Path, target: &Path, how: &How) -> Result<()> {
+    Ok(trees::move_mount(&copy(source, how)?, target)?)
+}
+
+fn copy_mapped(source: &Path, how: &How, owners: Option<&OwnedFd>) -> Result<OwnedFd> {
     let propagation = if how.follow == Follow::Host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
     let tree = trees::open_tree(AT_FDCWD, source, how.below)?;
     let read_only = if how.read_only == ReadOnly::All { libc::MOUNT_ATTR_RDONLY } else { 0 };
@@ -203,7 +208,7 @@ fn bind_mapped(source: &Path, target: &Path, how: &How, owners: Option<&OwnedFd>
     if let Some(owners) = owners {
         trees::map_owners(&tree, owners, how.owners_below).context("map the owners of its files, which not every file system can")?;
     }
-    Ok(trees::move_mount(&tree, target)?)
+    Ok(tree)
 }
 
 /// The mounts below `folder`, as paths from there on.
@@ -268,28 +273,25 @@ fn unescape(text: &[u8]) -> Vec<u8> {
 /// An overlay whose layers' files have other owners than on disk; what is written above them has
 /// those of the share.
 ///
-/// The layers' mapped copies are attached for the overlay to find them, where the guest does not see
-/// them, and taken away again.
+/// The layers' mapped copies are attached for the overlay to find them, where the guest does not see them.
 fn mount_mapped_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str], owners: &IdMap, scratch: &Path) -> Result<()> {
     const LOWER: &str = "lowerdir=";
     let lower = data.iter().find_map(|option| option.strip_prefix(LOWER)).context("overlay without lowerdir")?;
     let namespace = owners.namespace()?;
     let how = How { read_only: ReadOnly::Top, ..How::default() };
-    let outcome = (|| {
-        let mut layers = Vec::new();
-        for (index, layer) in lower.split(':').enumerate() {
-            let place = scratch.join(index.to_string());
-            std::fs::create_dir_all(&place).with_context(|| format!("create {}", place.display()))?;
-            bind_mapped(Path::new(layer), &place, &how, Some(&namespace)).with_context(|| format!("map layer {layer}"))?;
-            layers.push(place.to_string_lossy().into_owned());
-        }
-        let mut options: Vec<String> = data.iter().filter(|option| !option.starts_with(LOWER)).map(|option| (*option).to_owned()).collect();
-        options.push(format!("{LOWER}{}", layers.join(":")));
-        let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        mount_overlay(source, target, flags, &options)
-    })();
-    // Why it failed comes before what of it could not be taken away.
-    outcome.and(unmount_below(scratch)).and(remove_empty_tree(scratch))
+    let mut layers = Vec::new();
+    for (index, layer) in lower.split(':').enumerate() {
+        let place = scratch.join(index.to_string());
+        let what = || format!("map layer {layer}");
+        std::fs::create_dir_all(&place).with_context(what)?;
+        let copy = copy_mapped(Path::new(layer), &how, Some(&namespace)).with_context(what)?;
+        trees::move_mount(&copy, &place).with_context(what)?;
+        layers.push(place.to_string_lossy().into_owned());
+    }
+    let mut options: Vec<String> = data.iter().filter(|option| !option.starts_with(LOWER)).map(|option| (*option).to_owned()).collect();
+    options.push(format!("{LOWER}{}", layers.join(":")));
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    mount_overlay(source, target, flags, &options)
 }
 
 /// An overlay of so many layers that their paths do not fit: mounted from the folder that they
@@ -306,15 +308,9 @@ fn mount_long_overlay(source: &str, target: &Path, flags: MsFlags, data: &[&str]
     if text.len() > MAX_DATA {
         bail!("{} layers have paths of {} bytes; the kernel takes {MAX_DATA}", layers.len(), text.len());
     }
-    let (source, target, common) = (source.to_owned(), target.to_owned(), common.to_owned());
-    // A thread of its own, with a working folder of its own.
-    let thread = std::thread::spawn(move || -> Result<()> {
-        unshare(CloneFlags::CLONE_FS)?;
-        nix::unistd::chdir(Path::new(&common))?;
-        mount(Some(source.as_str()), &target, Some("overlay"), flags, Some(text.as_str()))?;
-        Ok(())
-    });
-    thread.join().map_err(|_| anyhow::anyhow!("the mounting thread ended"))?
+    // The thread of a workshop has a working folder of its own.
+    nix::unistd::chdir(Path::new(common)).with_context(|| format!("enter {common}"))?;
+    Ok(mount(Some(source), target, Some("overlay"), flags, Some(text.as_str()))?)
 }
 
 /// The longest folder that all paths begin with.

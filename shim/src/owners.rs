@@ -4,13 +4,13 @@
 //! They are root in the pod, and nobody on the host: a request names containers and programs of the
 //! pod, no path of the host, and what of the host comes with it are pipes alone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, Permissions};
 use std::io::{Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -20,18 +20,22 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Gid, Group, fchown};
 use serde::Serialize;
 use serde_json::Value;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::channel::Channel;
 use crate::container::Container;
 use crate::errors::{Error, Result};
 use crate::machine::Machine;
-use crate::pod::{Pod, SIGKILL};
+use crate::pod::{Pod, SIGKILL, lock};
 use crate::spec::{Kind, Spec};
 use crate::stdio::{self, Paths};
 
-/// Conversations with owners at a time; more wait.
+/// Conversations with owners at a time, and with one of them; more wait. Those with root are counted apart: `caisson stop`
+/// does not wait for who has taken all others.
 const MAX_CONVERSATIONS: usize = 64;
+const MAX_OF_ONE: usize = 32;
+/// Connections of owners that are open, waiting ones included; more are refused.
+const MAX_CONNECTIONS: usize = 256;
 /// From a connection to its request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// For containers that are killed to be gone.
@@ -57,19 +61,25 @@ pub fn serve(pod: &Arc<Pod>, machine: &Machine) -> anyhow::Result<()> {
     std::os::unix::fs::chown(&socket, None, group.map(Gid::as_raw)).with_context(what)?;
     std::fs::set_permissions(&socket, Permissions::from_mode(0o660)).with_context(what)?;
     let (listener, mut ended) = (Channel::new(listener).with_context(what)?, machine.sandbox.ended());
-    let (pod, places) = (Arc::downgrade(pod), Arc::new(Semaphore::new(MAX_CONVERSATIONS)));
+    let (pod, places) = (Arc::downgrade(pod), Arc::new(Places::default()));
     tokio::spawn(async move {
-        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        loop {
             let caller = tokio::select! {
                 caller = listener.accept() => caller,
                 _ = ended.wait_for(Option::is_some) => return,
             };
             match caller.and_then(|caller| Ok((caller.peer()?, Channel::new(caller)?))) {
                 Ok(((user, process), caller)) => {
-                    let pod = Weak::clone(&pod);
+                    let (pod, places) = (Weak::clone(&pod), Arc::clone(&places));
+                    let Some(connection) = places.connection(user) else {
+                        let full = format!("{MAX_CONNECTIONS} connections to this pod are open already");
+                        tokio::spawn(async move { caller.send(&Answer::Failed(full), &[]).await });
+                        continue;
+                    };
                     tokio::spawn(async move {
+                        let _place = places.conversation(user).await;
                         converse(&pod, &caller, user, process).await;
-                        drop(place);
+                        drop(connection);
                     });
                 }
                 // As without descriptors: the next may come when there are some again.
@@ -81,6 +91,44 @@ pub fn serve(pod: &Arc<Pod>, machine: &Machine) -> anyhow::Result<()> {
         }
     });
     Ok(())
+}
+
+/// Room for conversations.
+struct Places {
+    connections: Arc<Semaphore>,
+    owners: Arc<Semaphore>,
+    root: Arc<Semaphore>,
+    of_each: Mutex<HashMap<u32, Arc<Semaphore>>>,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        let [connections, owners, root] =
+            [MAX_CONNECTIONS, MAX_CONVERSATIONS, MAX_CONVERSATIONS].map(|most| Arc::new(Semaphore::new(most)));
+        Self { connections, owners, root, of_each: Mutex::default() }
+    }
+}
+
+impl Places {
+    /// Room for a user's connection; none when all is taken. Root's is not counted.
+    fn connection(&self, user: u32) -> Option<Option<OwnedSemaphorePermit>> {
+        if user == 0 { Some(None) } else { Arc::clone(&self.connections).try_acquire_owned().ok().map(Some) }
+    }
+
+    /// Waits for room for a user's conversation. The semaphores are never closed.
+    async fn conversation(&self, user: u32) -> Vec<OwnedSemaphorePermit> {
+        let wanted = if user == 0 {
+            vec![Arc::clone(&self.root)]
+        } else {
+            let own = Arc::clone(lock(&self.of_each).entry(user).or_insert_with(|| Arc::new(Semaphore::new(MAX_OF_ONE))));
+            vec![own, Arc::clone(&self.owners)]
+        };
+        let mut places = Vec::new();
+        for semaphore in wanted {
+            places.extend(semaphore.acquire_owned().await);
+        }
+        places
+    }
 }
 
 /// The group that `pod.owners` names, by name or number.
@@ -348,6 +396,27 @@ mod tests {
         let process: Value = serde_json::from_slice(&process_of(&spec, &program).unwrap()).unwrap();
         let expected = r#"{"args":["sh"],"cwd":"/srv","env":["A=1","B=2"],"user":{"uid":7},"terminal":true}"#;
         assert_eq!(process, serde_json::from_str::<Value>(expected).unwrap());
+    }
+
+    #[tokio::test]
+    async fn root_has_room_when_owners_have_taken_all_and_one_owner_cannot_take_all() {
+        let places = Places::default();
+        let soon = |user| tokio::time::timeout(Duration::from_millis(10), places.conversation(user));
+        let mut taken = Vec::new();
+        for _ in 0..MAX_OF_ONE {
+            taken.push(soon(1000).await.unwrap());
+        }
+        assert!(soon(1000).await.is_err());
+        for _ in MAX_OF_ONE..MAX_CONVERSATIONS {
+            taken.push(soon(1001).await.unwrap());
+        }
+        assert!(soon(1002).await.is_err() && soon(0).await.is_ok());
+        taken.pop();
+        assert!(soon(1002).await.is_ok());
+        let connections: Vec<_> = (0..MAX_CONNECTIONS).map(|_| places.connection(1000).unwrap()).collect();
+        assert!(places.connection(1001).is_none() && places.connection(0).is_some());
+        drop(connections);
+        assert!(places.connection(1001).is_some());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The pod: its machine and its containers, and what each request does to them.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use containerd_shim_protos::types::mount::Mount;
 use protobuf::MessageField;
 
 use crate::agent::Exit;
-use crate::container::{Container, ShareFolder, TaskId, check_ids, remove_share_folder};
+use crate::container::{Container, ShareFolder, check_ids, remove_share_folder};
 use crate::cri::{PodFile, PodSandbox};
 use crate::errors::{Error, Result};
 use crate::events::{Events, Topic, timestamp};
@@ -139,12 +139,12 @@ impl Pod {
     }
 
     /// The machine, booted now when there is none; whether it was.
-    async fn machine_for(self: &Arc<Self>, spec: &Spec, bundle: &str) -> Result<(Arc<Machine>, bool)> {
+    async fn machine_for(self: &Arc<Self>, spec: &Spec) -> Result<(Arc<Machine>, bool)> {
         let _booting = self.booting.lock().await;
         if let Ok(machine) = self.machine() {
             return Ok((machine, false));
         }
-        let machine = Machine::boot(&self.name, self.config.as_deref(), spec, self.files(), Path::new(bundle)).await?;
+        let machine = Machine::boot(&self.name, self.config.as_deref(), spec, self.files()).await?;
         if let Err(error) = owners::serve(self, &machine) {
             machine.end("its owners could not be let in");
             return Err(Error::Failed(error.context(format!("boot pod {}", self.id()))));
@@ -158,9 +158,9 @@ impl Pod {
         check_name("container", request.id).map_err(Error::Invalid)?;
         let begin = Instant::now();
         let _reservation = self.reserve(request.id)?;
-        let (machine, first) = self.machine_for(request.spec, request.bundle).await?;
+        let (machine, first) = self.machine_for(request.spec).await?;
         let booted = begin.elapsed();
-        let created = self.create_in(&machine, &request, first).await;
+        let created = self.create_in(&machine, &request).await;
         if created.is_err() {
             self.leave_room(request.id);
             self.undo_create(&machine, request.id, first).await;
@@ -185,21 +185,21 @@ impl Pod {
         self.take_room_back(machine).await;
     }
 
-    async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>, first: bool) -> Result<u32> {
+    async fn create_in(self: &Arc<Self>, machine: &Arc<Machine>, request: &CreateContainer<'_>) -> Result<u32> {
         let GuestSpec { mut spec, mut binds, memory_volumes } =
             request.spec.for_guest(request.id, machine.config.host_namespaces, self.as_ref())?;
         check_ids(request.id, &spec, &machine.config)?;
         let carried = machine.config.fs_sockets == HostSockets::Carry;
         let sockets = if carried { Sockets::take(request.id, &mut binds, &mut spec)? } else { Sockets::default() };
-        let task = if first { TaskId::monitor(machine.sandbox.vmm.pid()) } else { TaskId::thread()? };
+        let task = machine.stand_in(Arc::downgrade(self), request.id).await?;
         let pid = task.pid();
         machine.store.change(|record| record.containers.push(request.id.to_owned()))?;
-        let folder = ShareFolder::make(&machine.store, request.id, &binds, &machine.config)?;
+        let folder = ShareFolder::make(machine, request.id, &binds)?;
         // Of a sandbox's root nothing is read: no disk's place is wasted on it.
         let roots = if request.spec.kind() == Kind::Sandbox { &[] } else { request.rootfs };
         let root = machine.disks.attach(&machine.sandbox, request.id, roots, &mut spec).await?;
-        let layers = folder.mount_root(root, &machine.store, request, &machine.config)?;
-        let inner_mounts = folder.inner_mounts(request.id, &binds)?;
+        let layers = folder.mount_root(root, request)?;
+        let inner_mounts = folder.inner_mounts(&binds)?;
         let limits = request.spec.limits();
         if request.spec.kind() != Kind::Sandbox {
             self.make_room(machine, request.id, limits).await?;
@@ -269,7 +269,7 @@ impl Pod {
         }
         process.keep_input();
         if exec.is_empty() {
-            machine.connect_late().await.map_err(|error| Error::Failed(error.context(describe(id, exec))))?;
+            machine.connect_late(pid).await.map_err(|error| Error::Failed(error.context(describe(id, exec))))?;
         }
         if let Err(error) = machine.sandbox.agent.start(id, exec).await {
             if !exec.is_empty() {
@@ -399,7 +399,7 @@ impl Pod {
         }
         machine.disks.release(&machine.sandbox, id).await;
         self.leave_room(id);
-        remove_share_folder(&machine.store.share().join(id))?;
+        remove_share_folder(machine, id)?;
         self.containers().remove(id);
         machine.store.change(|record| record.containers.retain(|other| other != id))?;
         if !self.containers().is_empty() {
@@ -438,17 +438,17 @@ impl Pod {
         Ok(())
     }
 
-    /// The processes of a container, as (pid in the guest, exec id).
-    pub async fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
+    /// Whether no container but this one is there that has not exited.
+    pub fn runs_nothing_but(&self, id: &str) -> bool {
+        self.containers().values().all(|container| container.id == id || container.init.exited().is_some())
+    }
+
+    /// What the host has of a container's processes, as (process id, exec id): what stands for it stands for all of them.
+    /// Also one that has ended and is not deleted has one: a containerd that starts forgets a task without any.
+    pub fn pids(&self, id: &str) -> Result<Vec<(u32, String)>> {
         let container = self.container(id)?;
-        let processes = self.machine()?.sandbox.agent.pids(id).await?;
-        // The container's own process has the id that containerd knows; the others have the guest's.
-        let known = |pid: u32| if pid == container.guest_pid { container.task.pid() } else { pid };
-        if processes.is_empty() {
-            // One that has ended and is not deleted: a containerd that starts forgets a task without any, exit code and all.
-            return Ok(vec![(container.task.pid(), String::new())]);
-        }
-        Ok(processes.into_iter().map(|process| (known(process.pid), process.exec)).collect())
+        let of = |exec: String| (container.task.pid(), exec);
+        Ok(std::iter::once(String::new()).chain(container.running_execs()).map(of).collect())
     }
 
     /// The counters of a container.

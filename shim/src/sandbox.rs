@@ -7,7 +7,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,19 +19,21 @@ use caisson_protocol::config::Config;
 use caisson_protocol::fs::FsConfig;
 use caisson_protocol::guest::CONTROL_PORT;
 use caisson_protocol::vmm::{BootConfig, Ends, Offer};
-use nix::mount::{MsFlags, mount};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::sync::{Notify, watch};
 
 use crate::agent::Agent;
-use crate::cgroup::{self, Place};
+use crate::cgroup::{self, Leaf, Place};
+use crate::console;
 use crate::cri::PodFile;
 use crate::errors;
+use crate::file_server::{FsEnd, start_fs};
+use crate::share::{Share, Unserved};
 use crate::size::{Bounds, Growth};
 use crate::spec;
 use crate::stdio::stream_port;
 use crate::store::Store;
-use crate::vmm::{Ended, FsEnd, Jailed, StreamState, Vmm, start_fs};
+use crate::vmm::{Ended, Jailed, StreamState, Vmm};
 
 /// Open files that the pod's processes may have: streams take up to two each.
 const DESCRIPTOR_LIMIT: u64 = 8192;
@@ -50,6 +51,10 @@ pub struct Sandbox {
     pub agent: Agent,
     /// How it becomes larger.
     pub growth: Growth,
+    /// The files that the guest sees.
+    pub share: Share,
+    /// The cgroup of the pod's processes on the host.
+    place: Option<Place>,
     fs: Arc<Jailed>,
     /// Told when the guest had better forget files.
     crowded: Arc<Notify>,
@@ -62,7 +67,7 @@ struct Files {
     initramfs: File,
     memory: File,
     added: File,
-    console: Option<File>,
+    console: Option<OwnedFd>,
 }
 
 impl Sandbox {
@@ -71,8 +76,8 @@ impl Sandbox {
     /// # Errors
     /// The step that failed and why, in one sentence. What was started is killed; the caller
     /// undoes the pod's record.
-    pub async fn boot(config: &Config, store: &Store, spec: &spec::Spec, files: &[PodFile], bundle: &Path) -> Result<Arc<Self>> {
-        let boot = Boot { config, store, spec, files, bundle, begin: Instant::now(), stage: Mutex::new("preparing") };
+    pub async fn boot(config: &Config, store: &Store, spec: &spec::Spec, files: &[PodFile]) -> Result<Arc<Self>> {
+        let boot = Boot { config, store, spec, files, begin: Instant::now(), stage: Mutex::new("preparing") };
         let mut started = Started::default();
         let timeout = Duration::from_millis(config.boot_timeout_ms.into());
         let sandbox = match tokio::time::timeout(timeout, boot.run(&mut started)).await {
@@ -112,6 +117,24 @@ impl Sandbox {
         // The sender goes with the stream.
         let _ = state.wait_for(|state| *state == StreamState::Closed).await;
         Ok(())
+    }
+
+    /// Has further processes count as the pod's.
+    ///
+    /// # Errors
+    /// When the host does not allow it.
+    pub fn count(&self, pids: &[u32]) -> Result<()> {
+        score(pids)?;
+        self.place.as_ref().map_or(Ok(()), |place| unless_delegated(place.join(Leaf::Machine, pids)))
+    }
+
+    /// Has the shim leave the pod's cgroup, which is about to go.
+    pub fn leave(&self) {
+        if self.place.is_some()
+            && let Err(error) = unless_delegated(cgroup::leave())
+        {
+            log::error!("leave the pod's cgroup: {error:#}");
+        }
     }
 
     /// Kills the machine and its file server.
@@ -162,7 +185,6 @@ struct Boot<'a> {
     store: &'a Store,
     spec: &'a spec::Spec,
     files: &'a [PodFile],
-    bundle: &'a Path,
     begin: Instant,
     stage: Mutex<&'static str>,
 }
@@ -180,8 +202,7 @@ impl Boot<'_> {
         let Self { config, store, .. } = *self;
         check_descriptor_limit()?;
         let bounds = Bounds::new(config, self.spec.pod_limits())?;
-        let files = open_files(config, &bounds, self.bundle)?;
-        prepare_share(&store.share())?;
+        let files = open_files(config, &bounds)?;
         check_users(config)?;
         let uid = store.reserve_uid(config.uid_base, config.uid_count)?;
         let (fs_listener, fs_client) = fs_socket(store.dir())?;
@@ -194,7 +215,10 @@ impl Boot<'_> {
         self.enter("starting the virtio-fs server");
         let (threads, poll_us) = (config.fs_threads as usize, config.fs_poll_us);
         let (cache, writeback, maps) = (config.fs_cache, config.fs_writeback, config.fs_window_mib > 0);
-        let fs_config = FsConfig { cache, writeback, maps, threads, poll_us };
+        let id_base = Some(config.fs_id_base).filter(|base| *base != 0);
+        let set_id = config.fs_set_id;
+        let fs_config = FsConfig { id_base, set_id, cache, writeback, maps, threads, poll_us };
+        let (share, root) = Unserved::make(store.dir()).context("make the pod's share")?;
         let (watched, crowded) = (Arc::clone(&vmm), Arc::new(Notify::new()));
         let on_end = move |end| async move {
             match end {
@@ -207,22 +231,32 @@ impl Boot<'_> {
                 }
             }
         };
-        let fs = start_fs(&config.fs_path, &store.share(), config.fs_id_base, &fs_config, fs_listener, Arc::clone(&crowded), on_end)
+        let (fs, namespace) = start_fs(&config.fs_path, uid, &fs_config, root, fs_listener, Arc::clone(&crowded), on_end)
             .await
             .context("start the virtio-fs server")?;
         started.fs = Some(Arc::clone(&fs));
-        store.add_process("fs", fs.pid)?;
-        count_for_pod(config, store, self.spec, &[vmm.pid(), fs.pid]).await?;
+        store.add_process("fs", fs.pid())?;
+        let place = place_of(config, store, self.spec)?;
+        if let Some(place) = &place {
+            store.change(|record| record.cgroup = Some(place.path.clone()))?;
+            cgroup::limit(&config.tenant)?;
+            unless_delegated(place.make(&[vmm.pid(), fs.pid()]).await)?;
+        }
+        score(&[vmm.pid(), fs.pid()])?;
+        // Who is not root may not lower it.
+        let _ = std::fs::write("/proc/self/oom_score_adj", SHIM_OOM_SCORE);
         let processes = self.begin.elapsed();
 
         self.enter("setting up the virtual machine");
         let (ours, theirs) = UnixStream::pair().context("make the agent's socket")?;
-        let agent = Agent::new(ours, vmm.ended(), Duration::from_millis(config.agent_timeout_ms.into()))?;
+        let watched = Arc::clone(&vmm);
+        let violated = move |how: String| watched.kill(&format!("the guest's agent does not keep to the protocol: {how}"));
+        let agent = Agent::new(ours, vmm.ended(), Duration::from_millis(config.agent_timeout_ms.into()), violated)?;
         let connected = self.start_machine(&vmm, &bounds, &files, &fs_client, theirs.into()).await?;
         self.hello(&vmm, &agent, connected, processes).await?;
         // The guest has mounted the share: the file server has mapped all memory.
         let growth = Growth::new(bounds, files.added)?;
-        Ok(Arc::new(Sandbox { vmm, agent, growth, fs, crowded }))
+        Ok(Arc::new(Sandbox { vmm, agent, growth, share: share.served_in(namespace), place, fs, crowded }))
     }
 
     /// Starts the vCPUs and offers the control port; the returned state tells when the guest connects.
@@ -241,6 +275,7 @@ impl Boot<'_> {
             memory_mib: config.memory_mib,
             max_added_mib: bounds.max_added_mib(),
             files_mib: config.fs_window_mib,
+            nested: config.nested,
             report_free_memory: config.report_free_memory,
             disk_rings: config.disk_io_uring,
             kernel_args: config.kernel_args.clone(),
@@ -308,13 +343,17 @@ fn check_descriptor_limit() -> Result<()> {
 }
 
 /// Opens what the machine boots from, naming what is missing and what to do.
-fn open_files(config: &Config, bounds: &Bounds, bundle: &Path) -> Result<Files> {
+fn open_files(config: &Config, bounds: &Bounds) -> Result<Files> {
     let artefact = |what: &str, key: &str, path: &Path| {
         File::open(path).with_context(|| format!("{what} {} cannot be opened; run `cargo xtask install` or set {key}", path.display()))
     };
     let kernel = artefact("guest kernel", "kernel.path", &config.kernel_path)?;
     let initramfs = artefact("initramfs", "image.initramfs", &config.initramfs_path)?;
-    for (what, key, path) in [("virtual machine monitor", "vmm.path", &config.vmm_path), ("virtio-fs server", "fs.path", &config.fs_path)] {
+    for (what, key, path) in [
+        ("virtual machine monitor", "vmm.path", &config.vmm_path),
+        ("virtio-fs server", "fs.path", &config.fs_path),
+        ("stand-in of containers", "task.path", &config.task_path),
+    ] {
         artefact(what, key, path)?;
     }
     let kvm = File::options()
@@ -332,17 +371,7 @@ fn open_files(config: &Config, bounds: &Bounds, bundle: &Path) -> Result<Files> 
     .context("seal the size of the guest memory file")?;
     // Its size changes with what the guest may have of it; to be mapped it must be whole.
     let added = memory_file("added-memory", bounds.max_added_mib())?;
-    let console = if config.kernel_console {
-        let log = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(bundle.join("log"))
-            .context("open the log for the guest's console")?;
-        Some(log)
-    } else {
-        None
-    };
+    let console = config.kernel_console.then(console::open).transpose().context("make a pipe for the guest's console")?;
     Ok(Files { kvm, kernel, initramfs, memory, added, console })
 }
 
@@ -352,14 +381,6 @@ fn memory_file(name: &str, mib: u64) -> Result<File> {
     let file = File::from(file);
     file.set_len(mib << 20).with_context(|| format!("size the file {name} to {mib} MiB"))?;
     Ok(file)
-}
-
-/// Makes the share a mount of its own that passes later mounts on to the file server.
-fn prepare_share(share: &Path) -> Result<()> {
-    mount(Some(share), share, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("bind the share")?;
-    // Else each of its mounts would appear in the folder beneath as well, by way of the host's mount there.
-    mount(None::<&str>, share, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>).context("make the share's mounts its own")?;
-    mount(None::<&str>, share, None::<&str>, MsFlags::MS_SHARED, None::<&str>).context("make the share's mounts propagate")
 }
 
 /// A connected pair for the vhost-user conversation: the server's listening end, the monitor's end.
@@ -376,25 +397,32 @@ fn fs_socket(dir: &Path) -> Result<(OwnedFd, OwnedFd)> {
     Ok((listener.into(), client.into()))
 }
 
-/// Has processes count as the pod's: in its tenant's cgroup or the one that containerd asks for, and when memory runs out.
-///
-/// # Errors
-/// When they cannot be moved.
-pub async fn count_for_pod(config: &Config, store: &Store, spec: &spec::Spec, pids: &[u32]) -> Result<()> {
+/// Where processes count as the pod's: its tenant's cgroup or the one that containerd asks for.
+fn place_of(config: &Config, store: &Store, spec: &spec::Spec) -> Result<Option<Place>> {
+    let (namespace, pod) = store.read(|record| (record.namespace.clone(), record.pod.clone()));
+    let of_tenant = Place::of_tenant(&config.tenant, &namespace, &pod)?;
+    Ok(of_tenant.or_else(|| spec.cgroups_path().and_then(Place::parse)))
+}
+
+/// The shim's own (proc(5), `oom_score_adj`): its death would be that of the pod, and frees next to nothing.
+const SHIM_OOM_SCORE: &str = "-998";
+
+/// Has processes count as the pod's when memory runs out: containerd is not to be killed then; a pod may be, before the
+/// rest of the host.
+fn score(pids: &[u32]) -> Result<()> {
     for pid in pids {
-        // containerd is not to be killed for want of memory; a pod may be, before the rest of the host.
         let path = format!("/proc/{pid}/oom_score_adj");
         let protected = std::fs::read_to_string(&path).is_ok_and(|score| score.starts_with('-'));
         if protected {
             std::fs::write(&path, "0").with_context(|| format!("set the OOM score of process {pid}"))?;
         }
     }
-    let (namespace, pod) = store.read(|record| (record.namespace.clone(), record.pod.clone()));
-    let of_tenant = Place::of_tenant(&config.tenant, &namespace, &pod)?;
-    let Some(place) = of_tenant.or_else(|| spec.cgroups_path().and_then(Place::parse)) else { return Ok(()) };
-    store.change(|record| record.cgroup = Some(place.path.clone()))?;
-    cgroup::limit(&config.tenant)?;
-    match place.join(pids).await {
+    Ok(())
+}
+
+/// What came of moving processes into the pod's cgroup.
+fn unless_delegated(joined: Result<()>) -> Result<()> {
+    match joined {
         // Who is not root has cgroups only where they were delegated. What was made of this one stays on record, to go with the pod.
         Err(error) if users::are_few() => {
             log::warn!("the pod is not in a cgroup of its own: {error:#}");

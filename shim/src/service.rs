@@ -99,7 +99,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
-        let processes = self.pod.pids(&request.id).await?;
+        let processes = self.pod.pids(&request.id)?;
         let processes = processes.into_iter().map(|(pid, exec)| process_info(pid, exec)).collect::<Result<_>>()?;
         Ok(PidsResponse { processes, ..PidsResponse::default() })
     }

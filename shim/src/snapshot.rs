@@ -15,7 +15,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use caisson_protocol::guest::{SNAPSHOT_DIR, UPPER_DIR, WORK_DIR};
+use caisson_protocol::guest::{UPPER_DIR, WORK_DIR};
 use rustix::fs::{
     AtFlags, Dir, FileType, Mode, OFlags, Stat, XattrFlags, fgetxattr, fsetxattr, mkdirat, openat, removexattr, setxattr, statat, unlinkat,
 };
@@ -53,11 +53,12 @@ pub fn can_be_shared(snapshot: &Path) -> bool {
         && removexattr(&work, GUESTS_MARK).is_ok()
 }
 
-/// Binds a snapshot's folder at `target`; with `owners` its files have those, on disk as in the share.
+/// Prepares a snapshot's folder for the share, and returns a copy of it that is attached nowhere; with `owners` its files
+/// have those, on disk as in the share.
 ///
 /// # Errors
 /// What could not be prepared or bound, and why.
-pub fn share(snapshot: &Path, target: &Path, owners: Option<&IdMap>) -> Result<()> {
+pub fn share(snapshot: &Path, owners: Option<&IdMap>) -> Result<OwnedFd> {
     let (upper, work) = (snapshot.join(UPPER_DIR), snapshot.join(WORK_DIR));
     // Another overlay's, which nobody needs any more.
     for entry in std::fs::read_dir(&work).with_context(|| format!("read {}", work.display()))? {
@@ -75,8 +76,7 @@ pub fn share(snapshot: &Path, target: &Path, owners: Option<&IdMap>) -> Result<(
         let passable = std::fs::Permissions::from_mode(PASSABLE);
         std::fs::set_permissions(snapshot, passable).with_context(|| format!("let others through {}", snapshot.display()))?;
     }
-    std::fs::create_dir_all(target).with_context(|| format!("create {}", target.display()))?;
-    mounts::bind(snapshot, target, &How::default()).context("share it with the guest")
+    mounts::copy(snapshot, &How::default()).context("share it with the guest")
 }
 
 /// Gives a fresh snapshot's own folder, which is the root of its overlay, the owners that its layers' have
@@ -100,9 +100,9 @@ pub fn own(folder: &Path, owners: &IdMap) -> Result<()> {
 pub struct Left(OwnedFd);
 
 impl Left {
-    /// That of a container, by its folder in the share, when it has one there.
-    pub fn of(container: &Path) -> Option<Self> {
-        rustix::fs::open(container.join(SNAPSHOT_DIR), FOLDER, Mode::empty()).ok().map(Self)
+    /// The one at a path, when it is there.
+    pub fn at(snapshot: &Path) -> Option<Self> {
+        rustix::fs::open(snapshot, FOLDER, Mode::empty()).ok().map(Self)
     }
 
     /// Makes what the container has left the host's again. What goes wrong is said in the log.
@@ -203,13 +203,13 @@ mod tests {
         // Also where they lead nowhere, yet.
         for target in ["/", "/does/not/exist"] {
             let container = tempfile::tempdir().unwrap();
-            let snapshot = container.path().join(SNAPSHOT_DIR);
+            let snapshot = container.path().join("7");
             std::fs::create_dir(&snapshot).unwrap();
             for name in [UPPER_DIR, WORK_DIR] {
                 std::os::unix::fs::symlink(target, snapshot.join(name)).unwrap();
             }
             assert!(!can_be_shared(&snapshot) && (target == "/" || !is_fresh(&snapshot)));
-            Left::of(container.path()).unwrap().settle();
+            Left::at(&snapshot).unwrap().settle();
             for name in [UPPER_DIR, WORK_DIR] {
                 assert!(std::fs::symlink_metadata(snapshot.join(name)).unwrap().is_dir());
                 assert!(std::fs::read_dir(snapshot.join(name)).unwrap().next().is_none());
@@ -228,11 +228,5 @@ mod tests {
         assert!(
             carry_below(&rustix::fs::open(upper.join("d/d"), FOLDER, Mode::empty()).unwrap(), GUESTS_MARK, OTHER_MARK, 0, &mut 0).unwrap()
         );
-    }
-
-    #[test]
-    fn a_container_without_a_snapshot_in_the_share_has_left_none() {
-        let container = tempfile::tempdir().unwrap();
-        assert!(Left::of(container.path()).is_none());
     }
 }

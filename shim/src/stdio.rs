@@ -85,17 +85,23 @@ pub fn open(paths: &Paths, container: &str, namespace: &str) -> Result<Opened> {
 /// The streams of a process whose other ends somebody else has: input and output of a terminal, or the
 /// three standard streams. They have to be pipes, which lead nowhere else.
 ///
+/// Each is opened anew: how a descriptor was opened, and whether it blocks, is the caller's to change otherwise.
+///
 /// # Errors
 /// When they are not.
 pub fn given(terminal: bool, fds: Vec<OwnedFd>) -> Result<Opened> {
     let expected = if terminal { 2 } else { 3 };
     ensure!(fds.len() == expected, "a program came with {} descriptors instead of {expected}", fds.len());
-    for fd in &fds {
+    let mut own = Vec::new();
+    for (index, fd) in fds.iter().enumerate() {
         let mode = fstat(fd).context("look at a descriptor")?.st_mode;
         ensure!(SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFIFO, "a program's streams have to be pipes");
+        let mut options = File::options();
+        options.read(index == 0).write(index > 0).custom_flags(libc::O_NONBLOCK);
+        own.push(options.open(format!("/proc/self/fd/{}", fd.as_raw_fd())).context("open a program's stream")?.into());
     }
     let mut opened = Opened { ports: Ports { terminal, ..Ports::default() }, offers: Vec::new(), keepers: Vec::new(), input: None };
-    let mut fds = fds.into_iter();
+    let mut fds = own.into_iter();
     opened.offer(fds.next(), fds.next(), fds.next())?;
     Ok(opened)
 }

@@ -5,26 +5,23 @@
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use caisson_host::process::Process;
 use caisson_host::records::{self, UIDS};
 use caisson_protocol::record::{PodRecord, ProcessRecord};
 use nix::mount::{MntFlags, umount2};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 
 use crate::mounts;
 use crate::snapshot::Left;
-
-/// A pod's folder for what the guest sees, within its own.
-const SHARE: &str = "share";
 
 /// A pod's folder and record.
 pub struct Store {
@@ -48,16 +45,9 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             made => made,
         };
-        within(&run_dir.join(&record.namespace), make)
-            .and_then(|()| std::fs::create_dir_all(dir.join(SHARE)))
-            .with_context(|| format!("create the pod's folder {}", dir.display()))?;
+        within(&run_dir.join(&record.namespace), make).with_context(|| format!("create the pod's folder {}", dir.display()))?;
         write(&dir, &record)?;
         Ok(Self { run_dir, dir, record: Mutex::new(record) })
-    }
-
-    /// The folder of all pods.
-    pub fn run_dir(&self) -> &Path {
-        &self.run_dir
     }
 
     /// The pod's folder.
@@ -68,11 +58,6 @@ impl Store {
     /// The pod's id.
     pub fn pod(&self) -> String {
         self.read(|record| record.pod.clone())
-    }
-
-    /// The tree that the guest sees.
-    pub fn share(&self) -> PathBuf {
-        self.dir.join(SHARE)
     }
 
     /// Shows the record.
@@ -172,6 +157,7 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
             outcome = result;
         }
     };
+    let snapshots = record.as_ref().map(|record| record.snapshots.clone()).unwrap_or_default();
     if let Some(record) = record {
         kill(record.processes.iter().filter(|process| process.pid != std::process::id()));
         if let Some(cgroup) = &record.cgroup {
@@ -186,14 +172,13 @@ pub fn undo(run_dir: &Path, namespace: &str, pod: &str) -> Result<()> {
             let _ = std::fs::remove_dir(run_dir.join(UIDS));
         }
     }
-    let containers = std::fs::read_dir(dir.join(SHARE)).into_iter().flatten().flatten();
-    let left: Vec<Left> = containers.filter_map(|container| Left::of(&container.path())).collect();
+    // Pods of an earlier version have mounts there.
     note(unmount_below(&dir));
     note(remove_empty_tree(&dir));
     // The namespace's folder goes with its last pod; another pod in it keeps it.
     let _ = std::fs::remove_dir(run_dir.join(namespace));
     // Last: containers may have left much, and who waits for us may not wait for long.
-    left.into_iter().for_each(Left::settle);
+    snapshots.values().filter_map(|snapshot| Left::at(snapshot)).for_each(Left::settle);
     outcome
 }
 
@@ -213,24 +198,18 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Kills those processes of a pod that are still the ones that were recorded, and waits for their end: a shim that is not
 /// quite dead writes to its folder. One that does not die is its cgroup's to report.
 fn kill<'a>(processes: impl Iterator<Item = &'a ProcessRecord>) {
-    let killed: Vec<OwnedFd> = processes
-        .filter_map(|process| {
-            let pid = Pid::from_raw(process.pid.cast_signed())?;
-            let handle = pidfd_open(pid, PidfdFlags::empty());
-            // It may end by itself meanwhile.
-            if !records::is_alive(process) {
-                return None;
-            }
-            // Linux has no handles of processes before 5.3.
-            let killed = handle.as_ref().map_or_else(|_| kill_process(pid, Signal::KILL), |handle| pidfd_send_signal(handle, Signal::KILL));
-            handle.ok().filter(|_| killed.is_ok())
+    let killed: Vec<Process> = processes
+        .filter_map(|recorded| {
+            let process = Process::open(recorded.pid).ok()?;
+            // The handle came first: what is alive now is what it is of. It may end by itself meanwhile.
+            (records::is_alive(recorded) && process.signal(Signal::KILL).is_ok()).then_some(process)
         })
         .collect();
     let start = Instant::now();
-    for handle in killed {
+    for process in killed {
         let wait = || {
             let left = Timespec::try_from(DEATH_TIMEOUT.saturating_sub(start.elapsed())).ok();
-            poll(&mut [PollFd::new(&handle, PollFlags::IN)], left.as_ref())
+            poll(&mut [PollFd::new(&process, PollFlags::IN)], left.as_ref())
         };
         // The end of a child comes with a signal.
         while wait() == Err(Errno::INTR) {}
@@ -322,7 +301,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let store = Store::create(run.path(), record("web")).unwrap();
         let uid = store.reserve_uid(5000, 10).unwrap();
-        std::fs::create_dir_all(store.share().join("c/rootfs")).unwrap();
+        std::fs::create_dir_all(store.dir().join("share").join("c/rootfs")).unwrap();
         assert!(run.path().join(UIDS).join(uid.to_string()).exists());
         undo(run.path(), "default", "web").unwrap();
         undo(run.path(), "default", "web").unwrap();
@@ -338,8 +317,8 @@ mod tests {
             let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
             store.add_process("vmm", process.id()).unwrap();
             for container in ["a", "b", "c", "d"] {
-                std::fs::create_dir_all(store.share().join(container).join("rootfs")).unwrap();
-                std::fs::write(store.share().join(container).join("file"), "").unwrap();
+                std::fs::create_dir_all(store.dir().join("share").join(container).join("rootfs")).unwrap();
+                std::fs::write(store.dir().join("share").join(container).join("file"), "").unwrap();
             }
             std::thread::scope(|scope| {
                 let undo = || undo(run.path(), "default", "web");
@@ -378,8 +357,8 @@ mod tests {
     fn a_file_that_is_not_ours_stops_the_removal() {
         let run = tempfile::tempdir().unwrap();
         let store = Store::create(run.path(), record("web")).unwrap();
-        std::fs::create_dir_all(store.share().join("c/rootfs")).unwrap();
-        let precious = store.share().join("c/rootfs/data");
+        std::fs::create_dir_all(store.dir().join("share").join("c/rootfs")).unwrap();
+        let precious = store.dir().join("share").join("c/rootfs/data");
         std::fs::write(&precious, "precious").unwrap();
         assert!(undo(run.path(), "default", "web").is_err());
         assert!(precious.exists());

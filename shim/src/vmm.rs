@@ -6,21 +6,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use caisson_host::control::{self, Control};
-use caisson_protocol::fs::{self, FsConfig};
+use caisson_host::process::Process;
 use caisson_protocol::vmm::{BootConfig, Disk, Event, Nic, Offer, Request, Stopped};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 use crate::channel::Channel;
 use crate::errors::one_line;
+use crate::pod::lock;
 
 /// For what a disk was asked to be done before it is closed.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -28,34 +26,41 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// A jailed process at the other end of a control socket.
 pub struct Jailed {
     control: Channel,
-    /// Its id on the host.
-    pub pid: u32,
+    process: Arc<Process>,
 }
 
 impl Jailed {
-    /// Starts `program` and waits until it is in its jail; `folder` is where it starts.
+    /// Starts `program`, sends it a message if it is to have one first, and waits until it has its namespaces.
     ///
     /// # Errors
     /// When it cannot be started, or its first message is not what `pid_of` knows.
     pub async fn start<E: DeserializeOwned>(
         program: &Path,
         arguments: &[String],
-        folder: &Path,
+        first: Option<(&(impl Serialize + Sync), &[BorrowedFd<'_>])>,
         pid_of: impl Fn(E) -> Result<u32, String>,
     ) -> Result<Self> {
         let (ours, theirs) = Control::pair().context("make a control socket")?;
         let mut command = Command::new(program);
-        command.args(arguments).current_dir(folder).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(arguments).current_dir("/").env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         control::pass(&mut command, theirs.as_fd());
         let mut starter = command.spawn().with_context(|| format!("start {}", program.display()))?;
         drop(theirs);
         let control = Channel::new(ours).context("watch a control socket")?;
+        if let Some((message, descriptors)) = first {
+            // One that ends before it has read this says why.
+            let _ = control.send(message, descriptors).await;
+        }
         let first = control.receive::<E>().await.with_context(|| format!("hear from {}", program.display()));
         // It forks into its PID namespace and ends; the child is ours by adoption.
         let status = tokio::task::spawn_blocking(move || starter.wait()).await.context("collect a process")?;
         match first? {
             Some((event, _)) => match pid_of(event) {
-                Ok(pid) => Ok(Self { control, pid }),
+                // It is our child and nobody collects it yet: the id is still its own.
+                Ok(pid) => {
+                    let process = Process::open(pid).with_context(|| format!("hold {}", program.display()))?;
+                    Ok(Self { control, process: Arc::new(process) })
+                }
                 Err(reason) => bail!("{reason}"),
             },
             None => bail!("{} ended before it was in its jail: {}", program.display(), status.context("collect a process")?),
@@ -71,24 +76,27 @@ impl Jailed {
     }
 
     /// The next message; `None` when the process is gone.
-    async fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    pub async fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
         self.control.receive().await
+    }
+
+    /// Its id on the host.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// Kills the process; it may be gone.
     pub fn kill(&self) {
-        // The id is ours until we have collected it, which only `collect` does.
-        let _ = kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL);
+        self.process.kill();
     }
 
     /// Collects the process, so that no zombie stays, and says how it ended. It is killed first: one
     /// that has ended by itself keeps its own status.
-    async fn collect(&self) -> String {
-        let pid = Pid::from_raw(self.pid.cast_signed());
-        self.kill();
-        match tokio::task::spawn_blocking(move || waitpid(pid, None)).await {
-            Ok(Ok(WaitStatus::Signaled(_, signal, _))) => format!("was killed by {signal}"),
-            Ok(Ok(WaitStatus::Exited(_, code))) => format!("ended with code {code}"),
+    pub async fn collect(&self) -> String {
+        let process = Arc::clone(&self.process);
+        process.kill();
+        match tokio::task::spawn_blocking(move || process.collect()).await {
+            Ok(Ok(end)) => end.to_string(),
             // We killed it, whatever else is known.
             _ => "was killed".into(),
         }
@@ -112,6 +120,50 @@ pub type Ended = watch::Receiver<Option<String>>;
 /// How many vCPUs there are, 0 until the first was made after the start, or why there is no further one.
 type VcpuCount = Result<u32, String>;
 
+/// Events of a monitor that are taken in a second. A pod has some for each stream of each process that it starts.
+const MAX_EVENTS: u32 = 4096;
+/// Lines that events of a monitor may add to the log.
+const MAX_LINES: u32 = 64;
+
+/// How often a monitor, which may have been taken over, is heard.
+struct Pace {
+    since: Instant,
+    events: u32,
+    lines: u32,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { since: Instant::now(), events: 0, lines: 0 }
+    }
+}
+
+impl Pace {
+    /// Counts an event, and waits for the next second when there were too many in this one.
+    async fn keep(&mut self) {
+        const SECOND: Duration = Duration::from_secs(1);
+        self.events += 1;
+        let passed = self.since.elapsed();
+        if self.events > MAX_EVENTS {
+            tokio::time::sleep(SECOND.saturating_sub(passed)).await;
+        }
+        if self.events > MAX_EVENTS || passed > SECOND {
+            (self.since, self.events) = (Instant::now(), 0);
+        }
+    }
+
+    /// Adds a line to the log, unless there were too many.
+    fn say(&mut self, line: impl FnOnce()) {
+        self.lines = self.lines.saturating_add(1);
+        if self.lines <= MAX_LINES {
+            line();
+        }
+        if self.lines == MAX_LINES {
+            log::warn!("the virtual machine monitor has said much; nothing more of that is logged");
+        }
+    }
+}
+
 /// The virtual machine monitor.
 pub struct Vmm {
     process: Jailed,
@@ -123,6 +175,8 @@ pub struct Vmm {
     streams: Mutex<HashMap<u32, watch::Sender<StreamState>>>,
     running: watch::Sender<bool>,
     ended: watch::Sender<Option<String>>,
+    /// Bytes of the largest file that it may write.
+    most_written: Mutex<u64>,
 }
 
 impl Vmm {
@@ -136,7 +190,7 @@ impl Vmm {
             Event::Stopped(Stopped::Failed(reason)) => Err(reason),
             other => Err(format!("the virtual machine monitor said {other:?} first")),
         };
-        let process = Jailed::start(program, &[uid.to_string()], Path::new("/"), pid_of).await?;
+        let process = Jailed::start(program, &[uid.to_string()], None::<(&(), _)>, pid_of).await?;
         let vmm = Arc::new(Self {
             process,
             added: watch::Sender::default(),
@@ -145,6 +199,7 @@ impl Vmm {
             streams: Mutex::default(),
             running: watch::Sender::new(false),
             ended: watch::Sender::new(None),
+            most_written: Mutex::new(0),
         });
         tokio::spawn(Arc::clone(&vmm).listen());
         Ok(vmm)
@@ -152,7 +207,7 @@ impl Vmm {
 
     /// Its process id on the host.
     pub fn pid(&self) -> u32 {
-        self.process.pid
+        self.process.pid()
     }
 
     fn streams(&self) -> MutexGuard<'_, HashMap<u32, watch::Sender<StreamState>>> {
@@ -162,8 +217,11 @@ impl Vmm {
     /// Takes the monitor's messages until it is gone.
     async fn listen(self: Arc<Self>) {
         let mut reason = None;
+        let mut pace = Pace::default();
         loop {
-            match self.process.receive::<Event>().await {
+            let event = self.process.receive::<Event>().await;
+            pace.keep().await;
+            match event {
                 Ok(Some((Event::Running, _))) => {
                     self.running.send_replace(true);
                 }
@@ -180,8 +238,12 @@ impl Vmm {
                 Ok(Some((Event::AddedMemoryEnd { mib }, _))) => {
                     self.added.send_replace(mib);
                 }
-                Ok(Some((Event::NoRings { reason }, _))) => log::warn!("disks do without io_uring (disk.io_uring): {reason}"),
-                Ok(Some((Event::DiskRefused { place, reason }, _))) => log::error!("attach disk {place}: {reason}"),
+                Ok(Some((Event::NoRings { reason }, _))) => {
+                    pace.say(|| log::warn!("disks do without io_uring (disk.io_uring): {}", one_line(&reason)));
+                }
+                Ok(Some((Event::DiskRefused { place, reason }, _))) => {
+                    pace.say(|| log::error!("attach disk {place}: {}", one_line(&reason)));
+                }
                 Ok(Some((Event::DiskDetached { place }, _))) => {
                     self.detached.send_replace(Some(place));
                 }
@@ -267,7 +329,19 @@ impl Vmm {
     /// # Errors
     /// When the monitor is gone.
     pub async fn attach_disk(&self, disk: Disk, files: &[BorrowedFd<'_>]) -> Result<()> {
+        self.let_write(disk.parts.iter().copied().max().unwrap_or(0))?;
         self.process.send(&Request::AttachDisk(disk), files).await.context("attach a disk")
+    }
+
+    /// Lets the monitor write files of so many bytes, and of as many as it could before: a disk's file becomes no larger by
+    /// it than the disk is.
+    fn let_write(&self, bytes: u64) -> Result<()> {
+        let mut most = lock(&self.most_written);
+        if bytes > *most {
+            self.process.process.limit_files(bytes).context("let the virtual machine monitor write a disk's file")?;
+            *most = bytes;
+        }
+        Ok(())
     }
 
     /// Tells the guest the size of a disk.
@@ -275,6 +349,7 @@ impl Vmm {
     /// # Errors
     /// When the monitor is gone.
     pub async fn resize_disk(&self, place: u32, bytes: u64) -> Result<()> {
+        self.let_write(bytes)?;
         self.process.send(&Request::ResizeDisk { place, bytes }, &[]).await.context("resize a disk")
     }
 
@@ -370,72 +445,22 @@ fn describe(stopped: &Stopped) -> String {
     }
 }
 
-/// From one word of a virtio-fs server to the next that is listened to.
-const BETWEEN_WORDS: Duration = Duration::from_millis(2);
-
-/// Why the virtio-fs server ended.
-pub enum FsEnd {
-    /// It said what it could not do.
-    Failed(String),
-    /// It was killed, or there was nobody to serve any more.
-    Gone(String),
-}
-
-/// Starts the virtio-fs server for `share`, with ids of the host from `id_base` on when that is not 0;
-/// `on_end` hears when it dies, and who waits for `crowded` when the guest had better forget files.
-///
-/// # Errors
-/// When it cannot be started.
-pub async fn start_fs<F: Future<Output = ()> + Send>(
-    program: &Path,
-    share: &Path,
-    id_base: u32,
-    config: &FsConfig,
-    socket: OwnedFd,
-    crowded: Arc<Notify>,
-    on_end: impl FnOnce(FsEnd) -> F + Send + 'static,
-) -> Result<Arc<Jailed>> {
-    let pid_of = |event: fs::Event| match event {
-        fs::Event::Jailed { pid } => Ok(pid),
-        fs::Event::Failed(reason) => Err(reason),
-        fs::Event::Crowded => Err("it has no guest yet that could crowd it".into()),
-    };
-    let ids = Some(id_base.to_string()).filter(|_| id_base != 0);
-    let server = Arc::new(Jailed::start(program, ids.as_slice(), share, pid_of).await?);
-    if let Err(error) = server.send(config, &[socket.as_fd()]).await {
-        // One that has failed by now does not hear it, and has said why.
-        let reason = failure(&server, &crowded).await;
-        server.collect().await;
-        bail!("{}", reason.unwrap_or_else(|| format!("configure the virtio-fs server: {error}")));
-    }
-    let watched = Arc::clone(&server);
-    tokio::spawn(async move {
-        let failure = failure(&watched, &crowded).await;
-        let ended = watched.collect().await;
-        on_end(failure.map_or_else(|| FsEnd::Gone(format!("the virtio-fs server {ended}")), FsEnd::Failed)).await;
-    });
-    Ok(server)
-}
-
-/// Waits for the last word of a virtio-fs server, if it has one, and passes on until then when it is crowded.
-async fn failure(server: &Jailed, crowded: &Notify) -> Option<String> {
-    loop {
-        match server.receive::<fs::Event>().await {
-            Ok(Some((fs::Event::Failed(reason), _))) => return Some(format!("the virtio-fs server failed: {}", one_line(&reason))),
-            Ok(Some((fs::Event::Crowded, _))) => {
-                crowded.notify_one();
-                // One that was taken over says it as often as it likes.
-                tokio::time::sleep(BETWEEN_WORDS).await;
-            }
-            _ => return None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::errors::MAX_SAID;
+
+    #[tokio::test]
+    async fn a_monitor_is_heard_so_often_and_logged_so_much() {
+        let (mut pace, mut said) = (Pace::default(), 0);
+        let begin = Instant::now();
+        for _ in 0..=MAX_EVENTS {
+            pace.keep().await;
+            pace.say(|| said += 1);
+        }
+        assert!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
+        assert_eq!(said, MAX_LINES);
+    }
 
     #[test]
     fn what_a_monitor_says_is_one_line_of_bounded_length() {

@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod mounts;
+pub mod users;
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -32,10 +32,11 @@ fn cgroup_v1_has_a_pods_processes_in_each_hierarchy() {
     let before = Inventory::take();
     {
         let pod = Pod::start("v1", &[], "sleep 1000");
-        let mut own = [pod.host_pid("vmm"), pod.host_pid("fs")];
+        let mut own = [pod.host_pid("vmm"), pod.host_pid("fs"), pod.host_pid("stand-in")];
         own.sort_unstable();
         for hierarchy in COUNTING {
-            assert_eq!(processes(hierarchy, &format!("/default/{}", pod.id)), own, "{hierarchy}");
+            let of = |leaf: &str| processes(hierarchy, &format!("/default/{}/{leaf}", pod.id));
+            assert_eq!((of("machine"), of("shim")), (own.to_vec(), vec![pod.host_pid("shim")]), "{hierarchy}");
         }
         // A shim that is killed leaves it to another process to find them.
         shell(&format!("kill -9 {}", pod.host_pid("shim")));
@@ -58,7 +59,8 @@ fn cgroup_v1_limits_a_kubernetes_pod() {
         // In the guest it is v2, and the container's own, whatever the host has.
         assert_eq!(pod.output(&container, "cat /sys/fs/cgroup/cpu.max /proc/self/cgroup"), "50000 100000\n0::/");
         for hierarchy in COUNTING {
-            assert_eq!(processes(hierarchy, &format!("/pods/{}", pod.id)).len(), 2, "{hierarchy}");
+            // The monitor, the file server, and what stands for each container.
+            assert_eq!(processes(hierarchy, &format!("/pods/{}/machine", pod.id)).len(), 4, "{hierarchy}");
         }
         let used = shell(&format!("cat /sys/fs/cgroup/cpuacct/pods/{}/cpuacct.usage", pod.id));
         assert!(used.parse::<u64>().unwrap() > 10_000_000, "{used}");
@@ -78,8 +80,8 @@ fn cgroup_v1_limits_a_tenant_where_it_has_the_controller() {
     std::fs::write(config, "[tenant]\ncgroup = \"/acme\"\ncpus = 2\nprocesses = 200\n").unwrap();
     {
         let pod = Pod::start("limited", &["--runtime-config-path", config], "sleep 1000");
-        let place = format!("/acme/default/{}", pod.id);
-        assert_eq!((processes("pids", &place).len(), processes("blkio", &place).len()), (2, 2));
+        let place = format!("/acme/default/{}/machine", pod.id);
+        assert_eq!((processes("pids", &place).len(), processes("blkio", &place).len()), (3, 3));
         assert_eq!(shell("cat /sys/fs/cgroup/pids/acme/pids.max /sys/fs/cgroup/cpu/acme/cpu.cfs_quota_us"), "200\n200000");
     }
     std::fs::write(config, "[tenant]\ncgroup = \"/acme\"\nmemory_mib = 512\n").unwrap();

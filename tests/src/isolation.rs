@@ -12,6 +12,8 @@ use crate::host::{Inventory, assert_nothing_left, eventually};
 
 pub const TESTS: &[Test] = &[
     ("a_pods_processes_have_no_rights_that_they_do_not_need", a_pods_processes_have_no_rights_that_they_do_not_need),
+    ("whoever_takes_a_file_server_over_reaches_nothing_but_the_share", whoever_takes_a_file_server_over_reaches_nothing_but_the_share),
+    ("a_guest_reaches_no_register_that_counts_or_traces", a_guest_reaches_no_register_that_counts_or_traces),
     ("whoever_takes_a_monitor_over_can_do_nothing_with_it", whoever_takes_a_monitor_over_can_do_nothing_with_it),
 ];
 
@@ -71,9 +73,13 @@ fn a_pods_processes_have_no_rights_that_they_do_not_need() {
     let folder = format!("/run/caisson/default/{}", pod.id);
     let listed = shell(&format!("setpriv --reuid 65534 --regid 65534 --clear-groups ls {folder} 2>&1; :"));
     assert!(listed.contains("Permission denied"), "{listed}");
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let root = mounts.lines().find(|line| line.contains(&format!("{folder}/share/{}/rootfs ", pod.id))).unwrap();
-    assert!(root.contains("nosuid,nodev"), "{root}");
+    // What is mounted for it is mounted in its server's namespace alone, where nothing else is.
+    let mounts = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    assert!(!mounts("self").contains(&pod.id), "{}", mounts("self"));
+    let share = mounts(&fs.to_string());
+    assert!(share.lines().all(|line| line.contains("nosuid,nodev") || line.contains("nodev,nosuid")), "{share}");
+    assert!(share.contains(&format!(" /{}/rootfs ", pod.id)) && share.lines().count() < 10, "{share}");
+    assert!(shell(&format!("touch /proc/{fs}/root/file 2>&1; :")).contains("Read-only file system"));
 }
 
 fn whoever_takes_a_monitor_over_can_do_nothing_with_it() {
@@ -88,6 +94,30 @@ fn whoever_takes_a_monitor_over_can_do_nothing_with_it() {
     assert!(attempts.contains("jail: connect to an abstract socket: refused, Operation not permitted"), "{attempts}");
 }
 
+fn whoever_takes_a_file_server_over_reaches_nothing_but_the_share() {
+    // Without ids of the pod's own, and with.
+    for ids in ["", "700000"] {
+        let attempts = shell(&format!("/share/share-probe {} {ids}", std::process::id()));
+        let of = |place: &str| attempts.lines().filter(|line| line.starts_with(&format!("{place}: "))).count();
+        assert!(of("jail") >= 30 && of("filter") >= 25, "{attempts}");
+        let done: Vec<&str> = attempts.lines().filter(|line| !line.contains(": refused, ") && !line.ends_with(": killed")).collect();
+        assert!(done.is_empty(), "{done:#?}");
+    }
+}
+
+fn a_guest_reaches_no_register_that_counts_or_traces() {
+    let attempts = shell("/share/register-probe");
+    let (done, refused): (Vec<&str>, Vec<&str>) = attempts.lines().partition(|line| line.ends_with(": done"));
+    assert_eq!(done, ["read 0x10: done", "write 0x10: done"]);
+    assert!(refused.len() > 100 && refused.iter().all(|line| line.ends_with(": refused")), "{} {:?}", refused.len(), refused.last());
+    assert!(refused.contains(&"rdpmc 0: refused"));
+    // Nor does a pod's start leave anything in the host's log, or take a thread of the host's kernel for a clock.
+    shell("dmesg --clear");
+    let pod = Pod::start("quiet", &[], "grep -c -w -e svm -e vmx /proc/cpuinfo > /virtual; sleep 1000");
+    assert_eq!(shell("dmesg | grep -i kvm; ps -e -o comm= | grep kvm-pit; :"), "");
+    assert_eq!(pod.exec(&[], &["cat", "/virtual"]).stdout, "0\n");
+}
+
 /// System calls that a monitor makes seldom, in which role, and when.
 const SELDOM: &[(&str, &[i64], &str)] = &[
     ("any", &[12, 25, 28, 202, 9, 10, 11], "brk, mremap, madvise, futex, mmap, mprotect, munmap: as the allocator and its locks need"),
@@ -100,7 +130,7 @@ const SELDOM: &[(&str, &[i64], &str)] = &[
     ("disk", &[426], "io_uring_enter: where disks have rings (disk.io_uring)"),
     ("control", &[273, 334], "set_robust_list, rseq: a new thread's first, when nobody knows yet which it is"),
     ("vcpu", &[8], "lseek: how long a file is now that a guest reads where it was mapped, which KVM tells since Linux 6.13"),
-    ("spare", &[273, 334, 435], "those, and clone3: for more vCPUs than the node has"),
+    ("spare", &[56, 273, 334, 435], "those, and clone or clone3: for more vCPUs than the node has"),
     (
         "any",
         &[24, 204, 228, 318],

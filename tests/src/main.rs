@@ -14,6 +14,7 @@ mod disks;
 mod events;
 mod exercise;
 mod faults;
+mod files;
 mod fire;
 mod host;
 mod hostile;
@@ -28,6 +29,7 @@ mod process;
 mod resize;
 mod rootless;
 mod sequences;
+mod stand_ins;
 mod streaming;
 mod tenants;
 mod tools;
@@ -60,6 +62,8 @@ const SHARED: &[&[Test]] = &[
     disks::TESTS,
     deploy::TESTS,
     faults::TESTS,
+    files::TESTS,
+    stand_ins::TESTS,
 ];
 /// Tests that disturb or count.
 const ALONE: &[&[Test]] = &[

@@ -3,7 +3,7 @@
 use crate::Test;
 use crate::containerd::CriContainerd;
 use crate::cri;
-use crate::ctr::{Pod, ctr, ctr_ok, id, run_pod, shell};
+use crate::ctr::{Pod, ctr_ok, id, run_pod, shell};
 use crate::faults::Config;
 use crate::host::{Inventory, assert_nothing_left};
 
@@ -11,8 +11,6 @@ pub const ALONE: &[Test] = &[
     ("root_of_two_tenants_is_two_strangers_on_the_host", root_of_two_tenants_is_two_strangers_on_the_host),
     ("a_kubernetes_pod_has_the_ids_that_the_configuration_says", a_kubernetes_pod_has_the_ids_that_the_configuration_says),
 ];
-
-const ALLOW: &str = "[annotations]\nallowed = [\"fs.id_base\", \"fs.mapped_volumes\"]\n";
 
 /// A folder of the host that everybody may write, removed at the end.
 struct Folder(String);
@@ -36,13 +34,19 @@ impl Drop for Folder {
     }
 }
 
+/// The settings of a runtime handler, in a file.
+fn handler(files: &str) -> String {
+    let path = format!("/tmp/{}.toml", id("handler"));
+    std::fs::write(&path, format!("[fs]\n{files}")).unwrap();
+    path
+}
+
 /// A pod of the tenant whose ids begin with `base`, with both folders.
 fn tenant(base: u32, shared: &Folder, plain: &Folder) -> Pod {
-    let ids = format!("io.caisson.fs.id_base={base}");
-    let mapped = "io.caisson.fs.mapped_volumes=/data,/elsewhere";
+    let handler = handler(&format!("id_base = {base}\nmapped_volumes = [\"/data\", \"/elsewhere\"]\n"));
     let mount = |folder: &Folder, place: &str| format!("type=bind,src={},dst={place},options=rbind:rw", folder.0);
     let (data, plain) = (mount(shared, "/data"), mount(plain, "/plain"));
-    Pod::start("tenant", &["--annotation", &ids, "--annotation", mapped, "--mount", &data, "--mount", &plain], "sleep 1000")
+    Pod::start("tenant", &["--runtime-config-path", &handler, "--mount", &data, "--mount", &plain], "sleep 1000")
 }
 
 fn says(pod: &Pod, script: &str) -> String {
@@ -52,7 +56,6 @@ fn says(pod: &Pod, script: &str) -> String {
 }
 
 fn root_of_two_tenants_is_two_strangers_on_the_host() {
-    let _config = Config::set(ALLOW);
     let (shared, plain) = (Folder::make("shared"), Folder::make("plain"));
     shell(&format!("echo theirs > {0}/hosts && chown 7:8 {0}/hosts && chmod 600 {0}/hosts", plain.0));
     let before = Inventory::take();
@@ -82,8 +85,7 @@ fn root_of_two_tenants_is_two_strangers_on_the_host() {
         assert_ne!(shell(&format!("readlink /proc/{}/ns/user", one.host_pid("fs"))), shell("readlink /proc/self/ns/user"));
     }
     assert_nothing_left(&before);
-    let config = format!("/tmp/{}.toml", id("acme"));
-    std::fs::write(&config, "[fs]\nid_base = 500000\nmapped_volumes = [\"/tmp\"]\n").unwrap();
+    let config = handler("id_base = 500000\nmapped_volumes = [\"/tmp\"]\n");
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", shared.0);
     let output = run_pod(&["--runtime-config-path", &config, "--mount", &mount], &["touch", "/data/acme"]);
     assert_eq!((output.code, shared.owner("acme")), (0, "500000:500000:644".into()), "{output:?}");
@@ -105,19 +107,11 @@ fn root_of_two_tenants_is_two_strangers_on_the_host() {
     std::fs::remove_file(&config).unwrap();
     let refused = run_pod(&["--runtime-config-path", &config], &["true"]);
     assert!(refused.code != 0 && refused.stderr.contains(&format!("read configuration {config}")), "{refused:?}");
-    let refused =
-        run_pod(&["--annotation", "io.caisson.fs.id_base=200000", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"], &["true"]);
+    let mapped = Config::set("[fs]\nid_base = 200000\n");
+    let refused = run_pod(&["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"], &["true"]);
+    drop(mapped);
     assert!(refused.code != 0 && refused.stderr.contains("and fs.id_base exclude each other"), "{refused:?}");
-    let refused = ctr(&[
-        "run",
-        "--annotation",
-        "io.caisson.fs.id_base=1000",
-        "--runtime",
-        crate::ctr::RUNTIME,
-        crate::ctr::IMAGE,
-        &id("low"),
-        "true",
-    ]);
+    let refused = run_pod(&["--runtime-config-path", &handler("id_base = 1000\n")], &["true"]);
     assert!(refused.code != 0 && refused.stderr.contains("0, or 65536 to"), "{refused:?}");
 }
 

@@ -279,7 +279,7 @@ const BUSCTL: &str = r#"#!/bin/bash
 echo "$*" >/tmp/busctl.said
 [ ! -e /tmp/busctl.refuses ] || { echo "Call failed: Unit is masked." >&2; exit 1; }
 mkdir -p /sys/fs/cgroup/tenant.slice/tenant-a.slice/$9
-pids=${*#*PIDs au [0-9]* }
+said="$*"; pids=${said#*PIDs au [0-9]* }
 ( sleep 0.3; for pid in ${pids% 0}; do echo $pid >/sys/fs/cgroup/tenant.slice/tenant-a.slice/$9/cgroup.procs; done ) >/dev/null 2>&1 &
 "#;
 
@@ -291,18 +291,19 @@ fn systemd_makes_the_scope_that_its_driver_asks_for() {
         // One process more comes when the scope is there.
         let _settings = Config::set("[network]\ndefault = \"user\"\n");
         let pod = ctr::Pod::start("scoped", &["--cgroup", "tenant-a.slice:cri-containerd:one"], "sleep 1000");
-        let (vmm, fs) = (pod.host_pid("vmm"), pod.host_pid("fs"));
+        let (vmm, fs, shim) = (pod.host_pid("vmm"), pod.host_pid("fs"), pod.host_pid("shim"));
         let properties =
             "Description s Caisson pod Slice s tenant-a.slice Delegate b true CollectMode s inactive-or-failed DefaultDependencies b false";
         assert_eq!(
             std::fs::read_to_string("/tmp/busctl.said").unwrap(),
             format!(
                 "--system --quiet call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager \
-                 StartTransientUnit ssa(sv)a(sa(sv)) cri-containerd-one.scope fail 6 {properties} PIDs au 2 {vmm} {fs} 0\n"
+                 StartTransientUnit ssa(sv)a(sa(sv)) cri-containerd-one.scope fail 6 {properties} PIDs au 3 {vmm} {fs} {shim} 0\n"
             )
         );
-        for pid in [vmm, fs, pod.host_pid("network")] {
-            assert_eq!(shell(&format!("cat /proc/{pid}/cgroup")), "0::/tenant.slice/tenant-a.slice/cri-containerd-one.scope");
+        for (pid, leaf) in [(vmm, "machine"), (fs, "machine"), (pod.host_pid("network"), "machine"), (shim, "shim")] {
+            let place = format!("0::/tenant.slice/tenant-a.slice/cri-containerd-one.scope/{leaf}");
+            assert_eq!(shell(&format!("cat /proc/{pid}/cgroup")), place);
         }
     }
     shell("touch /tmp/busctl.refuses");

@@ -22,7 +22,7 @@ const RULE: &str = "iifname \"tenant-acme\" oifname \"tenant-acme\" accept\n";
 
 /// What `deploy/tenant` has for acme, for another tenant with numbers of its own.
 fn of(tenant: &str, text: &str) -> String {
-    let numbers = [("10.101.", "10.102."), ("1600000000", "1600010000"), ("1900000000", "1900100000")];
+    let numbers = [("10.101.", "10.102."), ("1950000000", "1950010000"), ("1900000000", "1900100000")];
     let renumber = |text: String, (from, to): &(&str, &str)| text.replace(from, to);
     if tenant == "acme" { text.to_owned() } else { numbers.iter().fold(text.replace("acme", tenant), renumber) }
 }
@@ -126,10 +126,10 @@ fn two_tenants_of_a_host_share_no_network_user_or_cgroup() {
         for member in [&one, &other] {
             assert_eq!(shell(&format!("busybox wget -q -T 3 -O - http://{}/index", member.address)), "here");
         }
-        for (member, uids, ids, tenant) in [(&one, 1_600_000_000, 1_900_000_000, "acme"), (&other, 1_600_010_000, 1_900_100_000, "umbra")] {
+        for (member, uids, ids, tenant) in [(&one, 1_950_000_000, 1_900_000_000, "acme"), (&other, 1_950_010_000, 1_900_100_000, "umbra")] {
             let [(vmm, cgroup), (fs, other_cgroup)] = member.on_host();
             assert!((uids..uids + 4096).contains(&vmm) && fs == ids, "{tenant}: {vmm} {fs}");
-            let place = format!("0::/tenants/{tenant}/k8s.io/{}", member.pod.id);
+            let place = format!("0::/tenants/{tenant}/k8s.io/{}/machine", member.pod.id);
             assert_eq!((cgroup, other_cgroup), (place.clone(), place));
             let limits = shell(&format!("cd /sys/fs/cgroup/tenants/{tenant} && cat memory.max cpu.max pids.max"));
             assert_eq!(limits, format!("{}\n400000 100000\n4096", 8192_u64 << 20));

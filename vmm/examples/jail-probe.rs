@@ -15,7 +15,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use caisson_host::jail::{Jail, Side};
+use caisson_host::jail::{Empty, Side};
 use caisson_host::seccomp::SeccompError;
 use caisson_vmm::filters;
 use nix::sys::signal::{Signal, kill};
@@ -78,7 +78,7 @@ fn main() -> Result<()> {
     }
     let mut arguments = std::env::args().skip(1).filter_map(|word| word.parse().ok());
     let (id, outside) = (arguments.next().context("the user's id is missing")?, arguments.next().context("the process is missing")?);
-    let inside = match (Jail::Empty { id }).unshare()? {
+    let inside = match (Empty { id }).unshare()? {
         Side::Outside(child) => {
             waitpid(child, None)?;
             return Ok(());
@@ -131,7 +131,7 @@ fn cost(id: u32) -> Result<()> {
     if let ForkResult::Parent { child } = unsafe { fork() }? {
         waitpid(child, None)?;
         let begin = Instant::now();
-        return match (Jail::Empty { id }).unshare()? {
+        return match (Empty { id }).unshare()? {
             Side::Outside(child) => Ok(waitpid(child, None).map(drop)?),
             Side::Inside(inside) => {
                 inside.enter()?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use caisson_host::seccomp::Allow::{Call, CallWith};
-use caisson_host::seccomp::{Allow, SeccompError, install};
+use caisson_host::seccomp::{Allow, SeccompError, THREAD_START, install};
 
 /// What Rust's runtime and allocator need in any thread.
 const RUNTIME: &[Allow] = &[
@@ -46,7 +46,8 @@ const SPARE: &[Allow] = &[CallWith(libc::SYS_ioctl, 1, &[0xae41, 0x4008_ae90, 0x
 
 /// A thread's start, its name, its filter. What it may do, who starts it may do: filters add up.
 const THREADS: &[Allow] = &[
-    Call(libc::SYS_clone3),
+    THREAD_START[0],
+    THREAD_START[1],
     Call(libc::SYS_gettid),
     Call(libc::SYS_rseq),
     Call(libc::SYS_set_robust_list),

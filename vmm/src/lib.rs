@@ -11,5 +11,6 @@ pub mod machine;
 pub mod memory;
 mod mptable;
 mod panic_log;
+pub mod restrict;
 mod vcpu;
 mod vcpus;

@@ -15,7 +15,7 @@ use caisson_protocol::vmm::{
     ADDED_MIB_STEP, BLOCK_SIZES, BootConfig, DISK_PARTS, DISKS, Disk, Event, FILES_MIB, MEMORY_MIB, NICS, Nic, Stopped, VCPUS,
 };
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -26,6 +26,7 @@ use crate::devices::serial::Serial;
 use crate::devices::window::Windows;
 use crate::devices::{Bus, DeviceSlot, MMIO_SIZE, balloon, blk, fs, mem, net, rng, vsock};
 use crate::memory::{self, GuestMemory, Layout, MMIO_START};
+use crate::restrict::restrict;
 use crate::vcpus::{Surroundings, Vcpus};
 use crate::{kernel, mptable, vcpu};
 
@@ -326,7 +327,11 @@ fn create_vm(kvm: &Kvm, memory: &GuestMemory, layout: Layout) -> Result<VmFd> {
     let vm = kvm.create_vm().context("create a KVM virtual machine")?;
     vm.set_tss_address(TSS_ADDRESS).context("set the TSS address")?;
     vm.create_irq_chip().context("create the interrupt controllers")?;
-    vm.create_pit2(kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).context("create the timer")?;
+    // A thread of the host's kernel runs it. A guest that has its processors' own timers needs none.
+    if !kvm.check_extension(Cap::TscDeadlineTimer) {
+        vm.create_pit2(kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).context("create the timer")?;
+    }
+    restrict(kvm, &vm)?;
     let first = memory.iter().map(GuestMemoryRegion::start_addr).filter(|start| layout.added == 0 || start.0 != layout.added_start());
     for (slot, start) in (0u32..).zip(first) {
         give_memory(&vm, memory, slot, start)?;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_host::control::Control;
-use caisson_host::jail::{self, Jail, Side, raise_descriptor_limit};
+use caisson_host::jail::{self, Empty, Side, raise_descriptor_limit};
 use caisson_protocol::vmm::{BootConfig, Event, NIC_PAIRS, Nic, NicWire, Request, Stopped};
 use caisson_vmm::devices::io_thread::{Attached, Command};
 use caisson_vmm::devices::net::wire::{Stream, Wire};
@@ -43,7 +43,7 @@ fn main() {
 
 fn run(control: &Arc<Control>) -> Result<()> {
     let id = std::env::args().nth(1).and_then(|id| id.parse().ok()).context("caisson-vmm needs the user id that it runs as")?;
-    match (Jail::Empty { id }).unshare()? {
+    match (Empty { id }).unshare()? {
         Side::Outside(child) => {
             control.send(&Event::Jailed { pid: child.as_raw().unsigned_abs() }, &[], true).context("report the jailed process")?;
             return Ok(());

@@ -4,8 +4,9 @@
 //! device, a reset. Queue notifications go to eventfds inside KVM and never come here.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, KVM_EXIT_X86_BUS_LOCK, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -66,6 +67,8 @@ const PAGE: u64 = 4096;
 /// `IA32_MISC_ENABLE` with fast string operations.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;
+/// How long a vCPU pauses that has locked the bus.
+const BUS_LOCK_PAUSE: Duration = Duration::from_millis(1);
 /// Offsets of LINT0 and LINT1 in the local APIC's registers, and delivery modes.
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
@@ -158,6 +161,8 @@ pub fn run(vcpu: &mut VcpuFd, bus: &Arc<Bus>) -> Result<(), VcpuError> {
             Ok(VcpuExit::FailEntry(reason, _)) => return Err(VcpuError::Entry(reason)),
             Ok(VcpuExit::InternalError) => return Err(VcpuError::Internal),
             Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => {}
+            // It has stopped all processors of the host for a moment, and does that seldom now.
+            Ok(VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK)) => std::thread::park_timeout(BUS_LOCK_PAUSE),
             Ok(other) => return Err(VcpuError::Unexpected(format!("{other:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(source) => return Err(VcpuError::Kvm { operation: "run the vCPU", source }),

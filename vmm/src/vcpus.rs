@@ -28,6 +28,7 @@ pub struct Vcpus {
     vm: Arc<VmFd>,
     supported: CpuId,
     tsc_deadline: bool,
+    nested: bool,
     /// The most that there may be.
     max: u8,
 }
@@ -52,7 +53,13 @@ impl Vcpus {
     /// When it does not say.
     pub fn new(kvm: &Kvm, vm: Arc<VmFd>, config: &BootConfig) -> Result<Self> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("ask KVM for its CPUID")?;
-        Ok(Self { vm, supported, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer), max: config.max_vcpus as u8 })
+        Ok(Self {
+            vm,
+            supported,
+            tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            nested: config.nested,
+            max: config.max_vcpus as u8,
+        })
     }
 
     /// Makes a vCPU; the first one stands at `entry`, the others wait for it to wake them.
@@ -61,7 +68,7 @@ impl Vcpus {
     /// What KVM refused.
     pub fn make(&self, index: u8, entry: Option<Entry>) -> Result<VcpuFd> {
         let fd = self.vm.create_vcpu(u64::from(index)).with_context(|| format!("create vCPU {index}"))?;
-        let cpuid = cpuid::for_vcpu(&self.supported, index, self.max, self.tsc_deadline);
+        let cpuid = cpuid::for_vcpu(&self.supported, index, self.max, self.tsc_deadline, self.nested);
         vcpu::configure(&fd, &cpuid, entry).with_context(|| format!("set up vCPU {index}"))?;
         Ok(fd)
     }

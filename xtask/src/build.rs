@@ -10,7 +10,7 @@ use xshell::{Shell, cmd};
 use crate::{cache, packages, progress};
 
 /// Host programs: package, and folder below `target/caisson`.
-const PROGRAMS: &[&str] = &["containerd-shim-caisson-v2", "caisson-vmm", "caisson-fs", "caisson"];
+const PROGRAMS: &[&str] = &["containerd-shim-caisson-v2", "caisson-vmm", "caisson-fs", "caisson-stand-in", "caisson"];
 const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The top of the source tree.
@@ -55,10 +55,8 @@ fn build() -> Result<PathBuf> {
     }
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     progress::step("building the host programs and the agent", || {
-        cmd!(sh, "{cargo} build --quiet --release --package caisson-shim --package caisson-vmm --package caisson-fs --package caisson-ctl")
-            .quiet()
-            .run()
-            .context("build the host programs")?;
+        let packages = ["shim", "vmm", "fs", "stand-in", "ctl"].iter().flat_map(|name| ["--package".to_owned(), format!("caisson-{name}")]);
+        cmd!(sh, "{cargo} build --quiet --release {packages...}").quiet().run().context("build the host programs")?;
         build_agent(&sh, &["--bins"]).context("build the agent")
     })?;
     for program in PROGRAMS {

@@ -11,6 +11,7 @@ const PLACES: &[(&str, &str, u32)] = &[
     ("bin/caisson", "usr/bin/caisson", 0o755),
     ("bin/caisson-vmm", "usr/libexec/caisson/caisson-vmm", 0o755),
     ("bin/caisson-fs", "usr/libexec/caisson/caisson-fs", 0o755),
+    ("bin/caisson-stand-in", "usr/libexec/caisson/caisson-stand-in", 0o755),
     ("share/vmlinux", "usr/share/caisson/vmlinux", 0o644),
     ("share/initramfs", "usr/share/caisson/initramfs", 0o644),
 ];

@@ -121,10 +121,12 @@ pub fn build_node_tests(share: &Path) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     progress::step("building the node tests", || {
         cmd!(sh, "{cargo} build --quiet --package caisson-tests").quiet().run()?;
-        cmd!(sh, "{cargo} build --quiet --package caisson-vmm --example jail-probe").quiet().run()?;
+        cmd!(sh, "{cargo} build --quiet --package caisson-vmm --package caisson-fs --examples").quiet().run()?;
         build::hostile_initramfs(&share.join("hostile-initramfs"))
     })?;
-    sh.copy_file("target/debug/examples/jail-probe", share.join("jail-probe"))?;
+    for probe in ["jail-probe", "register-probe", "share-probe"] {
+        sh.copy_file(Path::new("target/debug/examples").join(probe), share.join(probe))?;
+    }
     Ok(sh.copy_file("target/debug/node-tests", share.join("node-tests"))?)
 }
 

@@ -4,14 +4,19 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use virtiofsd::fuse::InHeader;
-use virtiofsd::oslib::ReadvFlags;
+use rustix::fs::inotify::{CreateFlags, init};
+use virtiofsd::filesystem::{
+    Extensions, FsOptions, GetxattrReply, ListxattrReply, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+};
+use virtiofsd::fuse::{InHeader, SetattrIn};
+use virtiofsd::oslib::{ReadvFlags, WritevFlags};
 use virtiofsd::passthrough::{self, PassthroughFs};
 use virtiofsd::soft_idmap::Id;
 
 use super::*;
 use crate::descriptors::Descriptors;
 use crate::share::ATTRIBUTES;
+use crate::volumes::CAPABILITIES;
 
 /// The root of the share.
 const ROOT: Inode = 1;
@@ -42,6 +47,11 @@ fn context() -> Context {
 }
 
 fn files(folder: &Path) -> Files {
+    files_of(folder, true)
+}
+
+/// With what gives a file rights on the host, or without.
+fn files_of(folder: &Path, set_id: bool) -> Files {
     let attributes = XattrMap::try_from(ATTRIBUTES).unwrap();
     let config = passthrough::Config {
         root_dir: folder.to_str().unwrap().into(),
@@ -53,9 +63,22 @@ fn files(folder: &Path) -> Files {
     fs.open_root_node().unwrap();
     let share = Share::new(fs, true, false, Arc::new(Descriptors::new(1000, || ())));
     let descriptors = File::open("/proc/self/fd").unwrap();
+    let watches = init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
     Files::new(
         share,
-        Rules { descriptors, attributes, ids: Some(65_536), attr_timeout: Duration::from_secs(1), caches: true, room: Room::new(MOST) },
+        Rules {
+            descriptors,
+            root: File::open(folder).unwrap(),
+            set_id,
+            attributes,
+            ids: Some(65_536),
+            attr_timeout: Duration::from_secs(1),
+            caches: true,
+            always: false,
+            writeback: false,
+            room: Room::new(MOST),
+        },
+        Linked::new(watches),
     )
 }
 
@@ -297,4 +320,124 @@ fn no_more_descriptors_are_held_than_there_are() {
     files.destroy();
     files.init(FsOptions::empty()).unwrap();
     (0..MOST).map(|_| make(&files)).for_each(|(entry, _)| assert!(entry.inode >= FIRST));
+}
+
+/// An overlay in whose lower layer one file has the names `p` and `q`, in a mount namespace of this thread. Only root may
+/// have one: nobody else gets a folder, and node tests show the same.
+fn overlay() -> Option<tempfile::TempDir> {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, none) = (folder.path(), None::<&str>);
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(Some("files"), path, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    for name in ["lower", "upper", "work", "root"] {
+        fs::create_dir(path.join(name)).unwrap();
+    }
+    fs::write(path.join("lower/p"), "old").unwrap();
+    fs::hard_link(path.join("lower/p"), path.join("lower/q")).unwrap();
+    let layers = format!("lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work", path.display());
+    mount(Some("overlay"), &path.join("root"), Some("overlay"), MsFlags::empty(), Some(layers.as_str())).unwrap();
+    Some(folder)
+}
+
+#[test]
+fn names_of_a_file_in_a_layer_are_files_of_their_own() {
+    let Some(folder) = overlay() else { return };
+    let root = folder.path().join("root");
+    let files = files(&root);
+    let find = |name: &CStr| files.lookup(context(), ROOT, name).unwrap().inode;
+    let (q, p) = (find(c"q"), find(c"p"));
+    assert!(p >= FIRST && q >= FIRST && p != q);
+    assert_eq!((find(c"p"), find(c"q")), (p, q));
+    // The host's number is no help, as both have one.
+    let ino = |inode| files.getattr(context(), inode, None).unwrap().0.ino;
+    assert_eq!(ino(p), ino(q));
+    let (handle, options) = files.open(context(), p, false, libc::O_WRONLY.cast_unsigned()).unwrap();
+    assert_eq!(options, OpenOptions::empty());
+    write(&files, p, handle.unwrap(), 0, "new");
+    files.release(context(), p, 0, handle.unwrap(), false, false, None).unwrap();
+    assert_eq!(
+        (fs::read_to_string(root.join("p")).unwrap().as_str(), fs::read_to_string(root.join("q")).unwrap().as_str()),
+        ("new", "old")
+    );
+    // It has another number of the host's now and one name, and is the same file to the guest.
+    assert!(ino(p) != ino(q));
+    assert_eq!((find(c"p"), find(c"q")), (p, q));
+    // Two names in the upper layer are one file.
+    assert_eq!(files.link(context(), p, ROOT, c"r").unwrap().inode, p);
+    assert_eq!((find(c"r"), find(c"p")), (p, p));
+    files.rename(context(), ROOT, c"q", ROOT, c"s", 0).unwrap();
+    assert_eq!(find(c"s"), q);
+    // `p` was told of five times, by three lookups of that name, by the link, and by a lookup of the other.
+    files.forget(context(), p, 5);
+    assert!(files.getattr(context(), p, None).is_ok());
+    files.forget(context(), p, 1);
+    assert_eq!(files.getattr(context(), p, None).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    assert!(find(c"p") > q && find(c"s") == q);
+}
+
+#[test]
+fn attributes_of_a_file_with_several_names_go_to_the_name_that_was_meant() {
+    let Some(folder) = overlay() else { return };
+    let root = folder.path().join("root");
+    let files = files(&root);
+    let [q, p] = [c"q", c"p"].map(|name| files.lookup(context(), ROOT, name).unwrap().inode);
+    let wanted = SetattrIn { mode: 0o600, size: 1, uid: 5.into(), mtime: 7, ..SetattrIn::default() };
+    let valid = SetattrValid::MODE | SetattrValid::SIZE | SetattrValid::UID | SetattrValid::MTIME;
+    files.setattr(context(), p, wanted, None, valid).unwrap();
+    let seen =
+        |name: &str| fs::metadata(root.join(name)).map(|meta| (meta.mode() & 0o777, meta.size(), meta.uid(), meta.mtime() == 7)).unwrap();
+    assert_eq!(seen("p"), (0o600, 1, 5, true));
+    assert_eq!((seen("q").1, seen("q").2, seen("q").3), (3, 0, false));
+    assert!(files.statfs(context(), q).unwrap().f_bsize > 0);
+}
+
+#[test]
+fn what_gives_a_file_rights_on_the_host_is_done_and_not_kept_in_a_volume() {
+    for keeps in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let files = files_of(folder.path(), keeps);
+        let (entry, handle, _) =
+            files.create(context(), ROOT, c"file", 0o4755, false, libc::O_RDWR.cast_unsigned(), 0, Extensions::default()).unwrap();
+        let mode = |name: &str| fs::metadata(folder.path().join(name)).unwrap().mode() & 0o7777;
+        assert_eq!(mode("file"), if keeps { 0o4755 } else { 0o755 });
+        let change = |inode, mode| files.setattr(context(), inode, SetattrIn { mode, ..SetattrIn::default() }, None, SetattrValid::MODE);
+        // The guest hears what is kept.
+        assert_eq!(change(entry.inode, 0o6711).unwrap().0.mode & 0o7777, if keeps { 0o6711 } else { 0o711 });
+        change(entry.inode, 0o2644).unwrap();
+        assert_eq!(mode("file"), 0o2644);
+        let inner = files.mkdir(context(), ROOT, c"folder", 0o755, 0, Extensions::default()).unwrap();
+        change(inner.inode, 0o2775).unwrap();
+        assert_eq!(mode("folder"), 0o2775);
+        let unnamed = make(&files).0;
+        assert_eq!(change(unnamed.inode, 0o4700).unwrap().0.mode & 0o7777, if keeps { 0o4700 } else { 0o700 });
+        files.release(context(), entry.inode, 0, handle.unwrap(), false, false, None).unwrap();
+        let device = files.mknod(context(), ROOT, c"null", libc::S_IFCHR | 0o666, 0x103, 0, Extensions::default());
+        let refused = device.err().and_then(|error| error.raw_os_error());
+        // Not everybody may make one, and nobody may be let to here.
+        assert!(refused == Some(libc::EPERM) || keeps, "{refused:?}");
+        if nix::unistd::geteuid().is_root() {
+            assert_eq!(refused.is_none(), keeps);
+            files.mknod(context(), ROOT, c"gone", libc::S_IFCHR, 0, 0, Extensions::default()).unwrap();
+            let capabilities = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            files.setxattr(context(), entry.inode, CAPABILITIES, &capabilities, 0, SetxattrFlags::empty()).unwrap();
+            assert_eq!(files.getxattr(context(), entry.inode, CAPABILITIES, 100).is_ok(), keeps);
+        }
+    }
+}
+
+#[test]
+fn a_file_system_without_access_lists_has_none_for_a_file() {
+    let files = files(Path::new("/proc"));
+    let inode = files.lookup(context(), ROOT, c"sys").unwrap().inode;
+    for name in ACCESS_LISTS {
+        assert_eq!(files.getxattr(context(), inode, name, 100).err().unwrap().raw_os_error(), Some(libc::ENODATA), "{name:?}");
+    }
+    assert_eq!(files.getxattr(context(), inode, c"user.other", 100).err().unwrap().raw_os_error(), Some(libc::EOPNOTSUPP));
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::hosts_own::HOSTS_OWN;
 use super::{Config, DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::publish::MOST_PUBLISHED;
@@ -166,6 +167,13 @@ pub const KEYS: &[Key] = &[
         "1 to 32",
         |c, v| c.max_vcpus = integer(&v, i64::from(*VCPUS.start()), i64::from(*VCPUS.end()))?,
         |c| c.max_vcpus.to_string()
+    ),
+    key!(
+        "vm.nested",
+        "whether a pod may run virtual machines itself, where the host's KVM lets it; more of the host's kernel is in its reach then",
+        "true or false",
+        |c, v| c.nested = boolean(&v)?,
+        |c| c.nested.to_string()
     ),
     key!(
         "vm.report_free_memory",
@@ -341,6 +349,9 @@ pub const KEYS: &[Key] = &[
         |c, v| c.tenant.processes = integer(&v, 0, 1 << 22)?,
         |c| c.tenant.processes.to_string()
     ),
+    key!("task.path", "program that stands for a container on the host", PATH_ALLOWED, |c, v| c.task_path = absolute(v)?, |c| quoted(
+        c.task_path.display()
+    )),
     key!("fs.path", "program of the virtio-fs server", PATH_ALLOWED, |c, v| c.fs_path = absolute(v)?, |c| quoted(c.fs_path.display())),
     key!(
         "fs.cache",
@@ -357,6 +368,13 @@ pub const KEYS: &[Key] = &[
             CachePolicy::Auto => "auto",
             CachePolicy::Always => "always",
         })
+    ),
+    key!(
+        "fs.set_id",
+        "whether containers may make files that run as their owner, or with capabilities, and device nodes in volumes of the host; elsewhere they may",
+        "true or false",
+        |c, v| c.fs_set_id = boolean(&v)?,
+        |c| c.fs_set_id.to_string()
     ),
     key!(
         "fs.writeback",
@@ -455,9 +473,9 @@ pub const KEYS: &[Key] = &[
     key!(
         "annotations.allowed",
         "keys that a pod may set by an annotation io.caisson.<key>",
-        "a list of keys",
+        "a list of keys, none of them of the host's programs, folders, users, groups or cgroups, or of what bounds a pod",
         |c, v| c.annotations_allowed = match v {
-            Value::List(names) if names.iter().all(|name| find(name).is_some()) => names,
+            Value::List(names) if names.iter().all(|name| find(name).is_some() && !HOSTS_OWN.contains(&name.as_str())) => names,
             _ => return None,
         },
         |c| quoted_list(c.annotations_allowed.iter().cloned())

@@ -27,8 +27,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, ChildStderr};
 
 use super::entries::serialize;
-use crate::sandbox::{LAST_WORDS, Sandbox, count_for_pod};
-use crate::spec::Spec;
+use crate::sandbox::{LAST_WORDS, Sandbox};
 use crate::store::Store;
 
 /// The guest's interface. Nobody but the program is on its wire, so every pod has the same.
@@ -62,7 +61,7 @@ const MOST_SAID: usize = 64 << 10;
 ///
 /// # Errors
 /// When the program is not there, or says why it cannot serve: a port is taken, say.
-pub async fn connect(config: &Config, store: &Store, spec: &Spec, sandbox: &Arc<Sandbox>) -> Result<()> {
+pub async fn connect(config: &Config, store: &Store, sandbox: &Arc<Sandbox>) -> Result<()> {
     let program = &config.network_passt;
     ensure!(program.exists(), "{} does not exist; install the package passt or set network.passt", program.display());
     let (wire, theirs) = UnixStream::pair().context("make a socket")?;
@@ -82,7 +81,7 @@ pub async fn connect(config: &Config, store: &Store, spec: &Spec, sandbox: &Arc<
     drop(theirs);
     let (pid, stderr) = (child.id().context("it has ended")?, child.stderr.take().context("it says nothing")?);
     store.add_process("network", pid)?;
-    count_for_pod(config, store, spec, &[pid]).await?;
+    sandbox.count(&[pid])?;
     let mut wire = tokio::net::UnixStream::from_std(wire).context("watch a socket")?;
     match tokio::time::timeout(TIMEOUT, answers(&mut wire)).await {
         Ok(Ok(())) => {}

@@ -10,7 +10,7 @@ use vm_memory::{Address, GuestAddress};
 
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
-use super::queue::ActiveQueue;
+use super::queue::{ActiveQueue, BUDGET};
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::memory::{self, GuestMemory};
 
@@ -78,16 +78,21 @@ impl BalloonServer {
         self.reports.kick()
     }
 
-    /// Takes every reported range out of the memory file.
+    /// Takes the reported ranges out of the memory file, at most [`BUDGET`] reports at a time.
     pub fn serve(&mut self) {
         self.reports.clear_kick();
         let memory = self.memory.clone();
-        while let Some(chain) = self.reports.next(&memory) {
+        for served in 1.. {
+            let Some(chain) = self.reports.next(&memory) else { break };
             let head = chain.head_index();
             for descriptor in chain.writable() {
                 memory::discard(&memory, GuestAddress(descriptor.addr().raw_value()), u64::from(descriptor.len()));
             }
             self.reports.give_back(&memory, head, 0);
+            if served == BUDGET {
+                self.reports.come_back();
+                break;
+            }
         }
         self.reports.signal(&memory, &self.interrupt);
     }

@@ -18,7 +18,7 @@ use vm_memory::GuestAddress;
 
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
-use super::queue::{ActiveQueue, Chain};
+use super::queue::{ActiveQueue, BUDGET, Chain};
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
 use crate::memory::{self, GuestMemory};
 
@@ -170,14 +170,19 @@ impl MemServer {
         end.next_multiple_of(STEP)
     }
 
-    /// Serves every request that is available.
+    /// Serves the requests that are available, at most [`BUDGET`] at a time.
     pub fn serve(&mut self) {
         self.queue.clear_kick();
         let memory = self.memory.clone();
-        while let Some(chain) = self.queue.next(&memory) {
+        for served in 1.. {
+            let Some(chain) = self.queue.next(&memory) else { break };
             let head = chain.head_index();
             let written = self.answer(&memory, chain);
             self.queue.give_back(&memory, head, written);
+            if served == BUDGET {
+                self.queue.come_back();
+                break;
+            }
         }
         self.queue.signal(&memory, &self.interrupt);
     }

@@ -27,6 +27,35 @@ const AVAIL_ELEMENT: u64 = 2;
 /// A chain of guest buffers.
 pub type Chain<'m> = DescriptorChain<&'m GuestMemory>;
 
+/// Buffers that a chain may have, in an indirect table, too: those of a disk's longest request, and its header and status.
+pub const MAX_BUFFERS: usize = 2 * 1024 + 2;
+/// Chains of one queue that a device serves before it looks at the others.
+pub const BUDGET: usize = 64;
+
+/// The buffers of a chain that a device writes to, read once; `None` when they are more than a chain may have, or one has
+/// no room (virtio 1.2, 2.7.5: a driver has no use for either).
+pub fn writable_buffers(chain: Chain<'_>) -> Option<Vec<(GuestAddress, u32)>> {
+    let mut buffers = Vec::new();
+    for (count, descriptor) in chain.enumerate() {
+        if count == MAX_BUFFERS || descriptor.len() == 0 {
+            return None;
+        }
+        if descriptor.is_write_only() {
+            buffers.push((descriptor.addr(), descriptor.len()));
+        }
+    }
+    Some(buffers)
+}
+
+/// Whether a chain has as many buffers as one may have, and none without room.
+fn is_sound(chain: &Chain<'_>) -> bool {
+    let mut count = 0;
+    chain.clone().all(|descriptor| {
+        count += 1;
+        descriptor.len() > 0 && count <= MAX_BUFFERS
+    })
+}
+
 impl ActiveQueue {
     /// A queue whose addresses were checked against guest memory.
     pub fn new(queue: Queue, kick: EventFd) -> Self {
@@ -57,12 +86,26 @@ impl ActiveQueue {
         // Buffers may have come in before notifications were asked for. One look: a driver whose
         // index makes no sense has some for ever.
         let more = self.queue.enable_notification(memory).unwrap_or(false);
-        more.then(|| self.queue.pop_descriptor_chain(memory)).flatten()
+        more.then(|| self.take(memory)).flatten()
     }
 
-    /// The next chain; when there is none, the driver does not hear that it is to notify.
+    /// The next chain; when there is none, the driver does not hear that it is to notify. Chains that no driver makes are
+    /// given back with nothing in them, at most a queue of them at a time.
     pub fn take<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
-        self.queue.pop_descriptor_chain(memory)
+        for _ in 0..self.queue.size() {
+            let chain = self.queue.pop_descriptor_chain(memory)?;
+            if is_sound(&chain) {
+                return Some(chain);
+            }
+            self.give_back(memory, chain.head_index(), 0);
+        }
+        None
+    }
+
+    /// Has the device come back to the queue, when it has served [`BUDGET`] chains and there may be more.
+    pub fn come_back(&self) {
+        // It fails only when the device is to come back already.
+        let _ = self.kick.write(1);
     }
 
     /// Puts back the chain that was taken last, as when there is nothing to fill it with.

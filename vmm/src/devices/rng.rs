@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
-use super::queue::{ActiveQueue, Chain};
+use super::queue::{ActiveQueue, BUDGET, Chain};
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 
@@ -70,13 +70,18 @@ impl RngServer {
         self.queue.kick()
     }
 
-    /// Serves every request that is available.
+    /// Serves the requests that are available, at most [`BUDGET`] at a time.
     pub fn serve(&mut self) {
         self.queue.clear_kick();
-        while let Some(chain) = self.queue.next(&self.memory) {
+        for served in 1.. {
+            let Some(chain) = self.queue.next(&self.memory) else { break };
             let head = chain.head_index();
             let written = fill(&self.memory, chain);
             self.queue.give_back(&self.memory, head, written);
+            if served == BUDGET {
+                self.queue.come_back();
+                break;
+            }
         }
         self.queue.signal(&self.memory, &self.interrupt);
     }

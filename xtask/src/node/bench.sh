@@ -61,7 +61,7 @@ for n in $(seq 1 "$1"); do
 	sleep 1
 	ctr task delete "bench-idle-$n" 2>/dev/null
 done
-for file in /usr/bin/containerd-shim-caisson-v2 /usr/bin/caisson /usr/libexec/caisson/caisson-vmm /usr/libexec/caisson/caisson-fs /usr/share/caisson/vmlinux /usr/share/caisson/initramfs; do
+for file in /usr/bin/containerd-shim-caisson-v2 /usr/bin/caisson /usr/libexec/caisson/caisson-vmm /usr/libexec/caisson/caisson-fs /usr/libexec/caisson/caisson-stand-in /usr/share/caisson/vmlinux /usr/share/caisson/initramfs; do
 	note "size.$(basename $file)" $(($(stat -c %s $file) / 1024))
 done
 # What the jail costs: its entering, and a system call behind its longest filter beside one behind none.

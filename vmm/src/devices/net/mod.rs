@@ -15,20 +15,21 @@ pub mod kernel;
 pub mod wire;
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use caisson_protocol::vmm::{NIC_HEADER, NIC_PAIRS, Nic, NicWire, RateLimit};
-use virtio_queue::{QueueT, Writer};
+use virtio_queue::QueueT;
+use vm_memory::Bytes;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::wire::{MAX_FRAME, Wire};
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
-use super::queue::{ActiveQueue, Chain};
+use super::queue::{ActiveQueue, Chain, writable_buffers};
 use super::rate::Way;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, lock, read_config_bytes};
 use crate::memory::GuestMemory;
@@ -326,18 +327,25 @@ impl NetServer {
                 return false;
             };
             // A chain that cannot be written to is used with nothing in it.
-            let (head, writer) = (chain.head_index(), chain.writer(&self.memory).ok());
-            room += writer.as_ref().map_or(0, Writer::available_bytes);
-            buffers.push((head, writer));
+            let (head, parts) = (chain.head_index(), writable_buffers(chain).unwrap_or_default());
+            room = parts.iter().fold(room, |room: usize, (_, length)| room.saturating_add(*length as usize));
+            buffers.push((head, parts));
         }
         let count = u16::try_from(buffers.len()).unwrap_or(u16::MAX);
         self.incoming[NUM_BUFFERS].copy_from_slice(&count.to_le_bytes());
         let mut rest = &self.incoming[..self.waiting];
         self.used.clear();
-        for (head, writer) in buffers {
-            let written = writer.and_then(|mut writer| writer.write(rest).ok()).unwrap_or(0);
-            rest = &rest[written..];
-            self.used.push((head, written as u32));
+        for (head, parts) in buffers {
+            let before = rest.len();
+            for (address, length) in parts {
+                let (part, after) = rest.split_at(rest.len().min(length as usize));
+                // What lies outside of the guest's memory takes nothing.
+                if self.memory.write_slice(part, address).is_err() {
+                    break;
+                }
+                rest = after;
+            }
+            self.used.push((head, (before - rest.len()) as u32));
         }
         self.rx.give_back_together(&self.memory, &self.used);
         true

@@ -1,5 +1,6 @@
 //! What the network device does for a driver, beside a host that these are.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
@@ -10,10 +11,13 @@ use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::mmio::MmioTransport;
+use super::super::queue::MAX_BUFFERS;
 use super::super::window::Windows;
 use super::*;
 
+const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 const SIZE: u16 = 16;
 const RX: u64 = 0x1000;
 const TX: u64 = 0x4000;
@@ -118,7 +122,29 @@ fn buffers_without_room_are_given_back_and_not_collected_for_ever() {
     driver.host.send(&[1; 40]).unwrap();
     driver.server.receive();
     assert_eq!(driver.used(&driver.server.rx), SIZE);
-    assert_eq!(driver.server.awaits(), EventSet::IN);
+    // The frame waits for buffers that have room.
+    assert_eq!(driver.server.awaits(), EventSet::empty());
+}
+
+#[test]
+fn a_table_of_more_buffers_than_a_chain_may_have_is_given_back_unread() {
+    let table = |count: usize, length: u32| {
+        let driver = Driver::new(&[(BUFFERS, (count * 16) as u32, INDIRECT)], &[]);
+        for index in 0..count {
+            let next = if index + 1 < count { NEXT } else { 0 };
+            let descriptor = RawDescriptor::from(Descriptor::new(0x8000, length, WRITE | next, (index + 1) as u16));
+            driver.memory.write_obj(descriptor, GuestAddress(BUFFERS + 16 * index as u64)).unwrap();
+        }
+        driver
+    };
+    for (count, length, taken) in [(MAX_BUFFERS, 1, true), (MAX_BUFFERS + 1, 1, false), (50_000, 1, false), (3, 0, false)] {
+        let mut driver = table(count, length);
+        driver.host.send(&[1; 40]).unwrap();
+        driver.server.receive();
+        assert_eq!(driver.used(&driver.server.rx), 1, "{count} of {length}");
+        let used: u32 = driver.memory.read_obj(GuestAddress(driver.server.rx.layout().used_ring() + 8)).unwrap();
+        assert_eq!((used, driver.server.waiting), if taken { (40, 0) } else { (0, 40) }, "{count} of {length}");
+    }
 }
 
 #[test]

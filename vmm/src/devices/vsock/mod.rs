@@ -24,7 +24,7 @@ use self::muxer::Muxer;
 use self::packet::{Header, MAX_PAYLOAD};
 use super::io_thread::{Command, Commands, Server};
 use super::mmio::QUEUE_FEATURES;
-use super::queue::{ActiveQueue, Chain};
+use super::queue::{ActiveQueue, BUDGET, Chain};
 use super::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
 use crate::memory::GuestMemory;
 
@@ -105,22 +105,34 @@ impl VsockServer {
         self.rx.clear_kick();
     }
 
-    /// Takes every packet that the guest has sent.
+    /// Takes the packets that the guest has sent, at most [`BUDGET`] at a time.
     pub fn transmit(&mut self, muxer: &mut Muxer) {
         self.tx.clear_kick();
-        while let Some(chain) = self.tx.next(&self.memory) {
+        for served in 1.. {
+            let Some(chain) = self.tx.next(&self.memory) else { break };
             let head = chain.head_index();
             if let Some((header, length)) = read_packet(&self.memory, chain, &mut self.payload) {
                 muxer.receive(&header, &self.payload[..length]);
             }
             self.tx.give_back(&self.memory, head, 0);
+            if served == BUDGET {
+                self.tx.come_back();
+                break;
+            }
         }
         self.tx.signal(&self.memory, &self.interrupt);
     }
 
-    /// Gives the guest as many packets as there are and it has room for.
+    /// Gives the guest the packets that there are and it has room for, at most [`BUDGET`] at a time.
     pub fn fill(&mut self, muxer: &mut Muxer) {
-        while muxer.has_output() {
+        for filled in 0.. {
+            if !muxer.has_output() {
+                break;
+            }
+            if filled == BUDGET {
+                self.rx.come_back();
+                break;
+            }
             // Full: the guest notifies when it has made room.
             let Some(chain) = self.rx.next(&self.memory) else { break };
             let head = chain.head_index();
