@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, prlimit, waitid};
 
@@ -66,13 +67,17 @@ impl Process {
         let _ = self.signal(Signal::KILL);
     }
 
-    /// Lets it write files of so many bytes and no longer ones (getrlimit(2), `RLIMIT_FSIZE`). To be called while nobody
-    /// collects it: the kernel takes an id here.
+    /// Lets it write files of so many bytes and no longer ones (getrlimit(2), `RLIMIT_FSIZE`).
     ///
     /// # Errors
-    /// When it is gone, or not ours to limit.
+    /// When it has ended, or is not ours to limit.
     pub fn limit_files(&self, bytes: u64) -> io::Result<()> {
         let id = Pid::from_raw(self.pid.cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
+        // prlimit(2) takes an id. One that has ended may be collected, and its id another's.
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], Some(&now))? > 0 {
+            return Err(Errno::SRCH.into());
+        }
         prlimit(Some(id), Resource::Fsize, Rlimit { current: Some(bytes), maximum: None })?;
         Ok(())
     }
@@ -135,6 +140,22 @@ mod tests {
             child.wait().unwrap();
         }
         None
+    }
+
+    #[test]
+    fn a_process_writes_no_longer_files_than_it_is_let_to_until_it_has_ended() {
+        let mut child = sleep();
+        let process = Process::open(child.id()).unwrap();
+        process.limit_files(4096).unwrap();
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max file size")).unwrap();
+        assert_eq!(line.split_whitespace().nth(3), Some("4096"), "{line}");
+        child.kill().unwrap();
+        while process.limit_files(4096).is_ok() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.wait().unwrap();
+        assert_eq!(process.limit_files(4096).unwrap_err().raw_os_error(), Some(Errno::SRCH.raw_os_error()));
     }
 
     #[test]

@@ -80,6 +80,12 @@ impl Machine {
         {
             log::set_max_level(level);
         }
+        if config.fs_window_mib > 0 && !config.tenant.name.is_empty() {
+            log::warn!(
+                "pod {}: files that are read through its window (fs.window_mib) share the host's pages with other pods, which can time what it reads",
+                name.id
+            );
+        }
         if !config.disk_io_uring {
             filter::refuse_rings().context("refuse rings (disk.io_uring)").map_err(Error::Failed)?;
         }

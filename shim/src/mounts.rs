@@ -350,8 +350,16 @@ mod tests {
     }
 
     #[test]
-    fn a_target_outside_of_the_root_is_refused() {
-        assert!(inside(Path::new("/r"), Path::new("/../etc")).is_err());
-        assert_eq!(inside(Path::new("/r"), Path::new("/etc")).unwrap(), Path::new("/r/etc"));
+    fn no_path_and_no_link_leads_a_target_out_of_the_root() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("etc")).unwrap();
+        for (link, leads) in [("absolute", "/etc"), ("up", "../../../../etc"), ("by-proc", "/proc/self/root/etc")] {
+            std::os::unix::fs::symlink(leads, root.join(link)).unwrap();
+        }
+        for target in ["etc", "/etc", "/../etc", "absolute", "up", "/up"] {
+            assert_eq!(inside(&root, Path::new(target)).unwrap(), root.join("etc"), "{target}");
+        }
+        assert!(inside(&root, Path::new("by-proc")).is_err() && inside(&root, Path::new("nowhere")).is_err());
     }
 }

@@ -124,7 +124,7 @@ fn a_pod_that_takes_all_processor_time_is_killed_at_once() {
         pod.id
     ));
     // Two seconds on hardware, where containerd's own commands take none of it.
-    assert!(took.parse::<u64>().unwrap() < 6000, "{took} ms");
+    assert!(took.parse::<u64>().unwrap() < 10_000, "{took} ms");
     assert!(host_pid_is_gone(&pod.id), "the pod is still there");
 }
 
