@@ -15,6 +15,7 @@ use ttrpc::proto::{Code, Request, Response};
 /// ttrpc's protocol: a header of length, stream, kind and flags, then the message (containerd/ttrpc, PROTOCOL.md).
 const HEADER: usize = 10;
 const RESPONSE: u8 = 2;
+const DATA: u8 = 3;
 /// More than the shim may ever hold.
 const FLOOD: usize = 2000;
 
@@ -36,6 +37,14 @@ fn run(attack: &str) -> io::Result<()> {
         "garbage" => loop {
             shim.write_all(&[0xa5; 4096])?;
         },
+        "data" => {
+            // To the first call, and then to any, as often as can be.
+            let (stream, _) = next(&mut shim)?;
+            let frame = [&[0; 4][..], &stream.to_be_bytes(), &[DATA, 0]].concat();
+            loop {
+                shim.write_all(&frame.repeat(400))?;
+            }
+        }
         "a long frame" => return shim.write_all(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, RESPONSE, 0]),
         _ => {}
     }

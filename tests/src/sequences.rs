@@ -112,7 +112,13 @@ impl Shim {
         let answer = call(&self.task, context::with_timeout(LIMIT.as_nanos() as i64), request);
         assert!(begin.elapsed() < LIMIT, "{request:?} took {:?} after {:#?}", begin.elapsed(), self.calls);
         answer.map_err(|error| match error {
-            ttrpc::Error::RpcStatus(status) => status.code(),
+            ttrpc::Error::RpcStatus(status) => {
+                // Of what no model expects the reason is wanted.
+                if status.code() == Code::UNKNOWN {
+                    self.calls.push(status.message().to_owned());
+                }
+                status.code()
+            }
             error => panic!("{request:?}: {error} after {:#?}", self.calls),
         })
     }

@@ -104,7 +104,9 @@ impl FileSystem for Files {
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         let entry = self.share.lookup_or(ctx, parent, name, |found| self.find_linked(ctx, parent, name, found))?;
         self.note_mount(ctx, parent, name, entry.inode)?;
-        Ok(self.told(entry))
+        // A container may come at once under the name of one that has gone, whose mounts nothing is opened in any more.
+        let entry_timeout = if parent == ROOT_ID { Duration::ZERO } else { entry.entry_timeout };
+        Ok(self.told(Entry { entry_timeout, ..entry }))
     }
 
     fn mknod(

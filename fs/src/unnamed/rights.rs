@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 
-use rustix::fs::{AtFlags, statat};
+use rustix::fs::{AtFlags, Mode, OFlags, openat, statat};
 use virtiofsd::filesystem::{Context, FileSystem, SetattrValid};
 use virtiofsd::fuse::SetattrIn;
 use virtiofsd::passthrough::stat::statx;
@@ -40,7 +40,13 @@ impl Files {
 
     /// Notes which mount a file is in that was found by its name.
     pub(super) fn note_mount(&self, ctx: Context, parent: Inode, name: &CStr, inode: Inode) -> io::Result<()> {
+        // Not opened to be read: the folder of a snapshot may be nobody's in the pod.
+        let mount = || {
+            let folder = self.share.file(ctx, parent, false)?;
+            let found = openat(&folder, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+            Ok(statx(&found, None)?.mnt_id)
+        };
         let is_there = |path: &CStr| statat(&self.rules.root, path, AtFlags::SYMLINK_NOFOLLOW).is_ok();
-        self.volumes.found(parent, name, inode, || self.mount(ctx, inode), is_there)
+        self.volumes.found(parent, name, inode, mount, is_there)
     }
 }

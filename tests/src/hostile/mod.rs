@@ -65,12 +65,13 @@ fn a_monitor_that_was_taken_over_harms_nobody_else() {
 /// Attacks of the agent by their names, and what the caller of the pod may read of each.
 const AGENTS: &[(&str, &[&str])] = &[
     ("silence", &["waiting for the agent, which connected but did not answer"]),
-    ("garbage", &["the connection to the guest's agent broke", "did not answer"]),
-    ("a long frame", &["the connection to the guest's agent broke", "did not answer"]),
-    ("answers that are none", &["the connection to the guest's agent broke", "did not answer"]),
+    ("garbage", &["the guest's agent does not keep to the protocol: it sent a frame of 2779096485 bytes, over the limit"]),
+    ("a long frame", &["does not keep to the protocol: it sent a frame of 4294967295 bytes, over the limit"]),
+    ("answers that are none", &["does not keep to the protocol: its answer cannot be read"]),
+    ("data", &["does not keep to the protocol: it sent a frame of kind 3, which is no answer"]),
     ("another version", &["the agent in the initramfs is version 9 [2J xxx"]),
     ("long words", &["one line [2J of many xxx"]),
-    ("a flood", &["the guest's agent did not answer within 5000 ms", "the connection to the guest's agent broke"]),
+    ("a flood", &["does not keep to the protocol: it answered call 1000001, which was not made"]),
     ("lies", &[""]),
 ];
 
