@@ -64,8 +64,8 @@ fn run(control: &Arc<Control>) -> Result<()> {
     serve(control, &mut running)
 }
 
-/// Ends the process on SIGTERM: containerd knows it as the pod's first process, and a namespace's
-/// process 1 is not ended by a signal that it has no handler for.
+/// Ends the process on SIGTERM, which an operator or the host's shutdown may send: a namespace's process 1 is not ended by
+/// a signal that it has no handler for.
 #[expect(unsafe_code, reason = "a signal handler")]
 fn end_when_asked() -> nix::Result<()> {
     extern "C" fn end(_: libc::c_int) {
