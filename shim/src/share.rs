@@ -20,10 +20,8 @@ use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::store::remove_empty_tree;
+use crate::store::{MAX_STACKED, remove_empty_tree};
 
-/// More mounts than anybody puts on top of each other at one place.
-const MAX_STACKED: usize = 64;
 /// Options of the tmpfs. It holds a few folders and empty files for each mount of a container.
 const TREE_OPTIONS: &str = "size=16m,mode=755";
 /// The folder of a workshop in which something is mounted before it is shared.

@@ -217,7 +217,7 @@ fn kill<'a>(processes: impl Iterator<Item = &'a ProcessRecord>) {
 }
 
 /// More mounts than anybody puts on top of each other at one place.
-const MAX_STACKED: usize = 64;
+pub const MAX_STACKED: usize = 64;
 
 /// Detaches every mount at or below a folder.
 ///

@@ -28,7 +28,11 @@ impl Files {
         if is_folder || !self.linked.may_be(found.attr.nlink, found.attr.ino) {
             return Ok(None);
         }
-        let folder = self.share.file(ctx, parent, false)?;
+        let folder = match self.share.file(ctx, parent, false) {
+            // A folder of users whom the pod does not have is on no overlay of the pod's.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+            folder => folder?,
+        };
         let keep = |found| {
             let own = Arc::new(Own::linked(&self.rules, found)?);
             let mut known = self.known_mut();

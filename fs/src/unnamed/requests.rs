@@ -122,7 +122,7 @@ impl FileSystem for Files {
         let kind = mode & libc::S_IFMT;
         // A node of no device is how an overlay marks what is gone.
         let is_device = matches!(kind, libc::S_IFCHR | libc::S_IFBLK) && device != 0;
-        if is_device && !self.volumes.keep(|| self.mount(ctx, parent))? {
+        if is_device && !self.keeps(ctx, parent)? {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
         let mode = if kind == libc::S_IFREG || kind == 0 { self.kept_mode(ctx, parent, mode)? } else { mode };
@@ -215,7 +215,7 @@ impl FileSystem for Files {
     }
 
     fn setxattr(&self, ctx: Context, inode: Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags) -> io::Result<()> {
-        if name == CAPABILITIES && !self.volumes.keep(|| self.mount(ctx, inode))? {
+        if name == CAPABILITIES && !self.keeps(ctx, inode)? {
             return Ok(());
         }
         match self.place(inode) {

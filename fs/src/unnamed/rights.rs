@@ -13,8 +13,17 @@ use crate::share::Inode;
 use crate::volumes::{gives_rights, without_rights};
 
 impl Files {
+    /// Whether the mount of a file that the guest knows keeps what gives rights. One that cannot be looked at does not: it
+    /// is of users whom the pod does not have.
+    pub(super) fn keeps(&self, ctx: Context, inode: Inode) -> io::Result<bool> {
+        match self.volumes.keep(|| self.mount(ctx, inode)) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(false),
+            kept => kept,
+        }
+    }
+
     /// The mount of a file that the guest knows.
-    pub(super) fn mount(&self, ctx: Context, inode: Inode) -> io::Result<u64> {
+    fn mount(&self, ctx: Context, inode: Inode) -> io::Result<u64> {
         Ok(match self.place(inode) {
             Place::Here(own) => own.mount()?,
             Place::Share { inode, .. } => statx(&self.share.file(ctx, inode, false)?, None)?.mnt_id,
@@ -23,7 +32,7 @@ impl Files {
 
     /// The mode for a regular file, by what is kept in the mount of another one, its folder say.
     pub(super) fn kept_mode(&self, ctx: Context, inode: Inode, mode: u32) -> io::Result<u32> {
-        let keeps = !gives_rights(mode) || self.volumes.keep(|| self.mount(ctx, inode))?;
+        let keeps = !gives_rights(mode) || self.keeps(ctx, inode)?;
         Ok(if keeps { mode } else { without_rights(mode) })
     }
 
