@@ -55,6 +55,7 @@ pub fn start(program: &File, user: u32, network: Option<BorrowedFd<'_>>) -> io::
     unsafe {
         command.pre_exec(move || {
             let network = network.map(|network| BorrowedFd::borrow_raw(network));
+            hold_signals()?;
             clone_into_room(network, tell_raw)?;
             furnish(user)
         })
@@ -67,6 +68,17 @@ pub fn start(program: &File, user: u32, network: Option<BorrowedFd<'_>>) -> io::
     read?;
     socket.set_nonblocking(true)?;
     Ok(StandIn { process: Process::open(u32::from_ne_bytes(pid))?, socket })
+}
+
+/// Has each signal wait from here on, through exec(2) too, until the program asks for it.
+/// The first process of a PID namespace would lose those that come earlier (pid_namespaces(7)).
+fn hold_signals() -> io::Result<()> {
+    let all = u64::MAX;
+    // SAFETY: the call reads a set of signals that lives through it, of the size that the last argument names.
+    // The C library's own would leave two of them out.
+    let result = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, &raw const all, 0, size_of::<u64>()) };
+    Errno::result(result)?;
+    Ok(())
 }
 
 /// Goes on as a clone in namespaces of its own; who calls ends, having told the clone's id.

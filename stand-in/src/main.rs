@@ -6,7 +6,7 @@
 //! the socket ends  -> nobody is left who could tell: we end as killed
 //! ```
 //!
-//! Who started us has made the room (`caisson_host::stand_in`) and left a socket at descriptor 3. There may be hundreds
+//! Who started us has made the room (`caisson_host::stand_in`), where signals wait, and left a socket at descriptor 3. There may be hundreds
 //! of these on a host, so a release has no library at all: it is one page of code and one of stack. The filter that it
 //! gives itself allows what the loop needs.
 #![cfg_attr(panic = "abort", no_std, no_main)]
@@ -22,12 +22,10 @@ const KILLED: usize = 137;
 const READ: usize = 0;
 const WRITE: usize = 1;
 const POLL: usize = 7;
-const RT_SIGPROCMASK: usize = 14;
 const PRCTL: usize = 157;
 const EXIT_GROUP: usize = 231;
 const SIGNALFD4: usize = 289;
-/// `SIG_BLOCK`, and all signals.
-const BLOCK: usize = 0;
+/// All signals.
 const ALL: u64 = !0;
 /// `POLLIN`.
 const READABLE: i16 = 1;
@@ -134,12 +132,8 @@ struct Polled {
 
 fn stand() -> ! {
     let all = ALL;
-    // SAFETY: the calls read a set of signals that lives through them, of the size that the last argument names.
-    let signals = unsafe {
-        let set = (&raw const all) as usize;
-        call(RT_SIGPROCMASK, [BLOCK, set, 0, size_of::<u64>()]);
-        call(SIGNALFD4, [usize::MAX, set, size_of::<u64>(), 0])
-    };
+    // SAFETY: the call reads a set of signals that lives through it, of the size that the third argument names.
+    let signals = unsafe { call(SIGNALFD4, [usize::MAX, (&raw const all) as usize, size_of::<u64>(), 0]) };
     if signals < 0 || !restrict() {
         exit(KILLED);
     }

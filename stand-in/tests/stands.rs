@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use caisson_host::process::End;
 use caisson_host::stand_in::{StandIn, start};
@@ -13,6 +14,9 @@ use rustix::process::{Signal, getuid};
 
 /// A user whom nobody is.
 const USER: u32 = 1_900_000_000;
+
+/// A stand-in that says nothing for so long says nothing.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The program as a release has it, which needs nothing of the host's: a build for tests needs the C library.
 fn program() -> &'static File {
@@ -33,6 +37,7 @@ fn stand_in() -> Option<StandIn> {
     getuid().is_root().then(|| {
         let started = start(program(), USER, None).expect("what stands for a container");
         started.socket.set_nonblocking(false).expect("a socket that waits");
+        started.socket.set_read_timeout(Some(PATIENCE)).expect("a bound");
         started
     })
 }
@@ -53,6 +58,19 @@ fn signals_are_passed_on_and_a_code_ends_it() {
     }
     socket.write_all(&[7]).expect("a code");
     assert_eq!(process.collect().expect("its end"), End::Exited(7));
+}
+
+#[test]
+fn no_signal_is_lost_however_early_it_comes() {
+    for _ in 0..50 {
+        let Some(StandIn { process, mut socket }) = stand_in() else { return };
+        process.signal(Signal::TERM).expect("a signal");
+        let mut byte = [0];
+        socket.read_exact(&mut byte).expect("its number");
+        assert_eq!(i32::from(byte[0]), Signal::TERM.as_raw());
+        process.kill();
+        process.collect().expect("its end");
+    }
 }
 
 #[test]

@@ -36,12 +36,17 @@ mod tools;
 mod user_network;
 mod volumes;
 
-use std::sync::Mutex;
-use std::time::Instant;
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
 type Test = (&'static str, fn());
+
+/// A test that has not ended after this time never does.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// The exit code when a test did not end; `cargo xtask test` goes on in another node.
+const HUNG: i32 = 102;
 
 /// How many seconds each test took.
 static TIMES: Mutex<Vec<(u64, &str)>> = Mutex::new(Vec::new());
@@ -91,6 +96,8 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
         .map(|&(name, test)| {
             Trial::test(name, move || {
                 let (start, begin) = (host::uptime(), Instant::now());
+                let (_running, end) = mpsc::channel::<()>();
+                std::thread::spawn(move || give_up_late(&end, start));
                 // A panic's message is the failure's; libtest-mimic catches it as well, but would print a backtrace.
                 let outcome = std::panic::catch_unwind(test);
                 TIMES.lock().unwrap().push((begin.elapsed().as_secs(), name));
@@ -107,6 +114,14 @@ fn trials(tests: &[Test]) -> Vec<Trial> {
             })
         })
         .collect()
+}
+
+/// Ends this program, with what is known, when a test does not end in time.
+fn give_up_late(end: &mpsc::Receiver<()>, start: f64) {
+    if end.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+        println!("no end after {} s\n{}\n{}\nFAILED", PATIENCE.as_secs(), host::shim_log(), host::kernel_log(start));
+        std::process::exit(HUNG);
+    }
 }
 
 fn main() {

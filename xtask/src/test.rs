@@ -1,10 +1,15 @@
 //! `cargo xtask test`: unit and property tests and fuzz targets here, node tests in a node, one closing line.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use xshell::{Shell, cmd};
 
 use crate::node::{self, NodeArgs};
@@ -76,15 +81,25 @@ fn fuzz_targets(filter: Option<&str>) -> Result<Tally> {
     Ok(tally)
 }
 
+/// All unit tests end within this time, once they are built.
+const UNIT_TESTS_TIMEOUT: Duration = Duration::from_secs(900);
+
 /// `cargo test`, its own summary lines added up.
 fn unit_tests(filter: Option<&str>) -> Result<Tally> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let sh = Shell::new()?;
+    sh.change_dir(build::source_dir()?);
+    progress::step("building the unit tests", || Ok(cmd!(sh, "{cargo} test --quiet --workspace --no-run").quiet().run()?))?;
     let mut command = Command::new(cargo);
     command.current_dir(build::source_dir()?).args(["test", "--quiet", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
         command.args(["--", filter]);
     }
-    let mut child = command.stdout(Stdio::piped()).spawn().context("run cargo test")?;
+    // A group of its own, which ends as a whole when a test does not.
+    let mut child = command.stdout(Stdio::piped()).process_group(0).spawn().context("run cargo test")?;
+    let (ended, end) = mpsc::channel::<()>();
+    let group = Pid::from_raw(child.id().cast_signed());
+    let watch = std::thread::spawn(move || kill_late(group, &end));
     let (mut tally, mut failures) = (Tally::default(), Vec::new());
     for line in BufReader::new(child.stdout.take().context("read cargo's output")?).lines() {
         let line = line?;
@@ -99,13 +114,32 @@ fn unit_tests(filter: Option<&str>) -> Result<Tally> {
             failures.push(line);
         }
     }
+    drop(ended);
+    let late = watch.join().is_ok_and(|late| late);
     let status = child.wait()?;
+    if late {
+        tally.fail(format!("unit tests: no end after {} s; the last lines name the test", UNIT_TESTS_TIMEOUT.as_secs()));
+    }
     // A test program that does not build or crashes has no summary line.
     if !status.success() && tally.failed == 0 {
         tally.fail(format!("cargo test ended with {status}"));
     }
     println!("unit and property tests: {} passed, {} failed", tally.passed, tally.failed);
     Ok(tally)
+}
+
+/// Kills a process group that does not end in time, or is to end by Ctrl-C; returns whether it was late.
+fn kill_late(group: Pid, end: &mpsc::Receiver<()>) -> bool {
+    let start = Instant::now();
+    while end.recv_timeout(Duration::from_millis(200)) == Err(mpsc::RecvTimeoutError::Timeout) {
+        let late = start.elapsed() > UNIT_TESTS_TIMEOUT;
+        if late || interrupt::seen() {
+            // It may just have ended.
+            let _ = killpg(group, Signal::SIGKILL);
+            return late;
+        }
+    }
+    false
 }
 
 /// The number before a word.
@@ -154,6 +188,8 @@ fn node_tests(share: &Path, cgroup_v1: bool, filter: Option<&str>) -> Result<Tal
         }
         match ended {
             Ok(0) => break,
+            // One test did not end, and the node may no longer be as the others need it.
+            Ok(HUNG) if attempt < NODE_ATTEMPTS => println!("node tests: going on in a new node after {} tests", done.len()),
             Ok(_) if tally.failed > 0 => break,
             Ok(code) => {
                 tally.fail(format!("node tests: the test program ended with code {code}"));
@@ -171,6 +207,8 @@ fn node_tests(share: &Path, cgroup_v1: bool, filter: Option<&str>) -> Result<Tal
     Ok(tally)
 }
 
+/// The exit code of the tests' program when a test did not end.
+const HUNG: i32 = 102;
 /// Nodes that may go down under one test run.
 const NODE_ATTEMPTS: u32 = 4;
 /// Runs the tests' program; what it prints is kept outside of the node as it comes.
