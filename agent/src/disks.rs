@@ -40,8 +40,8 @@ impl Disks {
     pub fn attach(&self, request: &AttachDiskRequest) -> Result<(u32, u32)> {
         let place = request.place;
         match self.lock().entry(place) {
-            Entry::Vacant(entry) if place < DISKS => entry.insert(Vec::new()),
-            _ => bail!("disk {place}: there are {DISKS} places, each for one disk"),
+            Entry::Vacant(entry) if place < *DISKS.end() => entry.insert(Vec::new()),
+            _ => bail!("disk {place}: there are {} places, each for one disk", DISKS.end()),
         };
         let found = machine::find_device(device(place)).and_then(|()| find(place, request));
         let Ok((_, targets)) = &found else {

@@ -1,8 +1,9 @@
-//! `caisson check --security`: what holds a pod's processes, read from `/proc`, as it is and not as
-//! it was meant to be.
+//! `caisson check --security`: what holds a pod's processes, read from `/proc`, as it is and not as it was meant to be.
 //!
-//! Each process of a pod has a list of [`Check`]s by its role; a check reads one thing and says
-//! whether it is as docs/THREAT-MODEL.md promises.
+//! Each process of a pod has a list of [`Check`]s by its role.
+//! A check reads one thing and says whether it is as docs/THREAT-MODEL.md promises.
+
+mod cores;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -52,6 +53,7 @@ struct Finding {
 /// A process that is looked at.
 struct Subject<'h> {
     host: &'h Host,
+    config: &'h Config,
     record: &'h PodRecord,
     folder: &'h Path,
     process: Process,
@@ -65,6 +67,8 @@ struct Host {
     /// How many pods have a process in a namespace, and how many have a user id.
     inhabitants: BTreeMap<u64, u32>,
     users: BTreeMap<u32, u32>,
+    /// The monitor of each pod, with the pod and its tenant.
+    monitors: Vec<(u32, PodRecord)>,
 }
 
 /// Kinds of namespaces with their numbers.
@@ -84,6 +88,7 @@ const MONITOR: &[Check] = &[
     ("environment", environment),
     ("open files", open_files),
     ("guest memory", guest_memory),
+    ("cores", cores::look),
     ("executable memory", executable_memory),
 ];
 
@@ -185,7 +190,7 @@ fn of_pod(host: &Host, config: &Config, record: &PodRecord) -> Vec<Finding> {
             _ => continue,
         };
         let Ok((subject, threads)) = look_at(process.pid) else { continue };
-        let subject = Subject { host, record, folder: &folder, process: subject, threads };
+        let subject = Subject { host, config, record, folder: &folder, process: subject, threads };
         for (check, look) in checks {
             let (verdict, found) = match look(&subject) {
                 Ok(found) => found,
@@ -230,7 +235,9 @@ impl Host {
             of_pod.into_iter().for_each(|namespace| *inhabitants.entry(namespace).or_default() += 1);
             users_of_pod.into_iter().for_each(|user| *users.entry(user).or_default() += 1);
         }
-        Ok(Self { namespaces, inhabitants, users })
+        let monitor = |pod: &PodRecord| pod.processes.iter().find(|process| process.role == "vmm").map(|process| process.pid);
+        let monitors = pods.iter().filter_map(|pod| Some((monitor(pod)?, pod.clone()))).collect();
+        Ok(Self { namespaces, inhabitants, users, monitors })
     }
 }
 
@@ -359,6 +366,9 @@ fn cgroup(subject: &Subject<'_>, leaf: &str) -> Result<Found> {
     let wanted = format!("{}/{leaf}", wanted.trim_end_matches('/'));
     let ended = leaf == "shim" && paths.contains(&"/caisson");
     let holds = paths.contains(&wanted.as_str()) || ended;
+    if leaf == "machine" && std::fs::read_to_string(format!("/sys/fs/cgroup{wanted}/pids.max")).is_ok_and(|most| most.trim() == "max") {
+        return Ok((Verdict::Wrong, format!("{wanted}, in which there may be any number of threads (pids.max)")));
+    }
     Ok((verdict(holds), if holds { (if ended { "/caisson" } else { &wanted }).to_owned() } else { format!("not in {wanted}") }))
 }
 

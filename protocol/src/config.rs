@@ -8,13 +8,15 @@
 //! lists the key.
 
 mod choices;
+mod error;
 mod hosts_own;
 mod keys;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-pub use self::choices::{DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
+pub use self::choices::{CoreScheduling, DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
+pub use self::error::ConfigError;
 pub use self::keys::{KEYS, Key};
 use self::keys::{Value, find, quoted};
 use crate::fs::CachePolicy;
@@ -66,6 +68,8 @@ pub struct Config {
     pub max_vcpus: u32,
     /// Whether the guest may run virtual machines itself.
     pub nested: bool,
+    /// Which guests may run at once on one core of the host's.
+    pub core_scheduling: CoreScheduling,
     /// Whether the guest tells which of its memory is free.
     pub report_free_memory: bool,
     /// The VMM's program.
@@ -90,6 +94,8 @@ pub struct Config {
     pub network_max_frames: u32,
     /// Whose layers become disks, where a snapshotter has them as file systems.
     pub disk_layers: DiskLayers,
+    /// How many disks a pod may have at a time.
+    pub disk_places: u32,
     /// Whether disks have rings of the kernel's.
     pub disk_io_uring: bool,
     /// Most MiB a second of a disk; 0 for no limit.
@@ -152,6 +158,7 @@ impl Default for Config {
             max_memory_mib: 65_536,
             max_vcpus: 32,
             nested: false,
+            core_scheduling: CoreScheduling::Auto,
             report_free_memory: true,
             vmm_path: "/usr/libexec/caisson/caisson-vmm".into(),
             uid_base: 1_879_048_192,
@@ -164,6 +171,7 @@ impl Default for Config {
             network_max_mbit: 0,
             network_max_frames: 0,
             disk_layers: DiskLayers::Always,
+            disk_places: 8,
             disk_io_uring: false,
             disk_max_mib: 0,
             disk_max_requests: 0,
@@ -189,59 +197,6 @@ impl Default for Config {
             annotations_allowed: vec!["vm.vcpus".into(), "vm.memory_mib".into()],
         }
     }
-}
-
-/// What is wrong with a configuration, in one sentence.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// Not TOML.
-    #[error("{origin}: {cause}")]
-    Syntax {
-        /// File.
-        origin: String,
-        /// The parser's words, on one line.
-        cause: String,
-    },
-    /// No such setting.
-    #[error("{origin}: unknown key {key}; known keys are {}", known_keys())]
-    UnknownKey {
-        /// File or annotation.
-        origin: String,
-        /// As written.
-        key: String,
-    },
-    /// Of the wrong type or out of limits.
-    #[error("{origin}: {key} = {value} is not allowed; allowed is {allowed}")]
-    BadValue {
-        /// File or annotation.
-        origin: String,
-        /// The setting.
-        key: String,
-        /// As written.
-        value: String,
-        /// What is allowed.
-        allowed: &'static str,
-    },
-    /// A pod of one tenant that says it is of another.
-    #[error("annotation {ANNOTATION_PREFIX}tenant.name is {asked:?}, and the configuration has the pod belong to {tenant:?}")]
-    OfAnother {
-        /// By the annotation.
-        asked: String,
-        /// By the configuration.
-        tenant: String,
-    },
-    /// The configuration does not let pods set this.
-    #[error("annotation {ANNOTATION_PREFIX}{key} is not allowed on this host; annotations.allowed lists {allowed}")]
-    NotAllowed {
-        /// The setting.
-        key: String,
-        /// What the configuration allows.
-        allowed: String,
-    },
-}
-
-fn known_keys() -> String {
-    KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")
 }
 
 impl Config {

@@ -40,6 +40,11 @@ pub enum CachePolicy {
     Always,
 }
 
+impl CachePolicy {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("never", Self::Never), ("auto", Self::Auto), ("always", Self::Always)];
+}
+
 /// What the server answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {

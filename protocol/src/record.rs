@@ -15,6 +15,9 @@ pub struct PodRecord {
     pub namespace: String,
     /// Id of the pod: of its sandbox, or of the one task.
     pub pod: String,
+    /// The tenant that it belongs to; empty for none.
+    #[serde(default)]
+    pub tenant: String,
     /// Version of the shim that made it.
     pub version: String,
     /// Seconds since 1970 when it was created.

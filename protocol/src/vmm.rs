@@ -130,8 +130,8 @@ impl RateLimit {
     }
 }
 
-/// Disks that a VM has place for.
-pub const DISKS: u32 = 8;
+/// How many disks a VM may have place for: each place is one more device that the guest looks at when it starts.
+pub const DISKS: std::ops::RangeInclusive<u32> = 0..=16;
 
 /// Devices or files that a disk may be made of.
 pub const DISK_PARTS: usize = MAX_FDS;
@@ -142,7 +142,7 @@ pub const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 /// A disk of the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
-    /// Which of the [`DISKS`] places; one can be used again once its disk was detached.
+    /// Which of the VM's places; one can be used again once its disk was detached.
     pub place: u32,
     /// Bytes of each device or file that it is made of, one behind the other: 1 to [`DISK_PARTS`] of them, and one unless
     /// it is read-only. What does not fill a sector of 512 bytes is not reached.
@@ -174,6 +174,8 @@ pub struct BootConfig {
     pub nested: bool,
     /// Whether the guest tells which of its memory is free, so that the host has it back.
     pub report_free_memory: bool,
+    /// Places for disks, in [`DISKS`].
+    pub disks: u32,
     /// Whether requests of disks go to the host's kernel by rings, where it has them.
     pub disk_rings: bool,
     /// Added to the guest kernel's command line.

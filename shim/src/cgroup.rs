@@ -25,6 +25,9 @@ const SHIMS: &str = "/caisson";
 const SHIM_WEIGHT: &str = "10000";
 /// Bytes of the shim's memory that the kernel leaves it when the pod has no more (`memory.low`): what it has.
 const SHIM_MEMORY: &str = "16777216";
+/// Threads of the machine's processes (`pids.max`): a monitor and a file server have some dozens, and each container one that
+/// stands for it. Who takes them over can start no more.
+const MACHINE_THREADS: &str = "2048";
 /// How long killed processes may take to leave.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -99,9 +102,14 @@ impl Place {
         self.join(Leaf::Machine, machine)?;
         self.join(Leaf::Shim, &[shim])?;
         if is_unified() {
-            let leaf = Path::new(MOUNT).join(self.path.trim_start_matches('/')).join(Leaf::Shim.name());
-            ["cpu", "memory"].iter().for_each(|controller| pass_down(&leaf, controller));
-            for (file, value) in [("cpu.weight", SHIM_WEIGHT), ("memory.low", SHIM_MEMORY)] {
+            let limits = [
+                (Leaf::Shim, "cpu", "cpu.weight", SHIM_WEIGHT),
+                (Leaf::Shim, "memory", "memory.low", SHIM_MEMORY),
+                (Leaf::Machine, "pids", "pids.max", MACHINE_THREADS),
+            ];
+            for (leaf, controller, file, value) in limits {
+                let leaf = Path::new(MOUNT).join(self.path.trim_start_matches('/')).join(leaf.name());
+                pass_down(&leaf, controller);
                 let file = leaf.join(file);
                 if file.exists() {
                     std::fs::write(&file, value).with_context(|| format!("write {value} to {}", file.display()))?;

@@ -11,6 +11,7 @@ mod channel;
 pub mod cleanup;
 mod console;
 mod container;
+mod cores;
 mod cri;
 pub mod daemon;
 mod disks;

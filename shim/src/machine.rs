@@ -93,6 +93,7 @@ impl Machine {
         let record = PodRecord {
             namespace: name.namespace.clone(),
             pod: name.id.clone(),
+            tenant: config.tenant.name.clone(),
             version: VERSION.into(),
             created,
             processes: vec![records::process("shim", std::process::id())],
@@ -110,7 +111,7 @@ impl Machine {
                 sandbox,
                 store,
                 user_network: config.network_default == NetworkDefault::User && spec.network_namespace().is_none(),
-                disks: Disks::new(config.disk_limit(), config.disk_layers),
+                disks: Disks::new(config.disk_places, config.disk_limit(), config.disk_layers),
                 config,
                 namespace: OnceCell::new(),
                 network: OnceCell::new(),
@@ -164,11 +165,21 @@ impl Machine {
     /// When it cannot be started.
     pub async fn stand_in(&self, pod: Weak<Pod>, container: &str) -> anyhow::Result<StandIn> {
         let user = self.store.read(|record| record.uid).context("the pod has no user id")?;
-        let start = || StandIn::start(&self.config.task_path, user, self.namespace.get().map(Arc::clone), Weak::clone(&pod), container);
-        let stand_in = start().await?;
+        let start = |network| StandIn::start(&self.config.task_path, user, network, Weak::clone(&pod), container);
+        // Where the pod was given no network namespace the first of them has one made, and the others are in that.
+        let mut first = None;
+        let make = async {
+            let stand_in = start(None).await?;
+            let namespace = File::open(format!("/proc/{}/ns/net", stand_in.pid())).context("open a network namespace")?;
+            first = Some(stand_in);
+            anyhow::Ok(Arc::new(namespace))
+        };
+        let namespace = Arc::clone(self.namespace.get_or_try_init(|| make).await?);
+        let stand_in = match first {
+            Some(first) => first,
+            None => start(Some(namespace)).await?,
+        };
         let pid = stand_in.pid();
-        let own = || async { File::open(format!("/proc/{pid}/ns/net")).map(Arc::new).context("open a network namespace") };
-        self.namespace.get_or_try_init(own).await?;
         self.store.change(|record| {
             record.processes.retain(|process| process.role != STAND_IN || records::is_alive(process));
             record.processes.push(records::process(STAND_IN, pid));

@@ -12,6 +12,7 @@ use nix::fcntl::AT_FDCWD;
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
+use crate::disks::GUESTS_WRITE;
 use crate::idmap::IdMap;
 use crate::snapshot;
 
@@ -108,6 +109,11 @@ fn mount_one(one: &Mount, target: &Path, pods_owners: Option<&IdMap>, scratch: &
         }
         return mount_mapped_overlay(source, target, flags, &data, owners, scratch);
     }
+    ensure!(
+        !GUESTS_WRITE.contains(&kind),
+        "the host does not mount a file system of {kind}, which a guest may have written; it can be a disk of the pod if it is the whole root \
+         file system and has the owners that it has on disk"
+    );
     ensure!(own_owners.is_none(), "files of {kind} cannot have other owners in a pod than on disk; overlay's can");
     if kind == "overlay" {
         return mount_overlay(source, target, flags, &data);

@@ -25,6 +25,7 @@ use tokio::sync::{Notify, watch};
 use crate::agent::Agent;
 use crate::cgroup::{self, Leaf, Place};
 use crate::console;
+use crate::cores;
 use crate::cri::PodFile;
 use crate::errors;
 use crate::file_server::{FsEnd, start_fs};
@@ -76,7 +77,7 @@ impl Sandbox {
     /// # Errors
     /// The step that failed and why, in one sentence. What was started is killed; the caller
     /// undoes the pod's record.
-    pub async fn boot(config: &Config, store: &Store, spec: &spec::Spec, files: &[PodFile]) -> Result<Arc<Self>> {
+    pub async fn boot(config: &Config, store: &Arc<Store>, spec: &spec::Spec, files: &[PodFile]) -> Result<Arc<Self>> {
         let boot = Boot { config, store, spec, files, begin: Instant::now(), stage: Mutex::new("preparing") };
         let mut started = Started::default();
         let timeout = Duration::from_millis(config.boot_timeout_ms.into());
@@ -182,7 +183,7 @@ impl Drop for Started {
 /// One boot, and how far it came.
 struct Boot<'a> {
     config: &'a Config,
-    store: &'a Store,
+    store: &'a Arc<Store>,
     spec: &'a spec::Spec,
     files: &'a [PodFile],
     begin: Instant,
@@ -245,6 +246,7 @@ impl Boot<'_> {
         score(&[vmm.pid(), fs.pid()])?;
         // Who is not root may not lower it.
         let _ = std::fs::write("/proc/self/oom_score_adj", SHIM_OOM_SCORE);
+        cores::part(config, store, vmm.pid()).await?;
         let processes = self.begin.elapsed();
 
         self.enter("setting up the virtual machine");
@@ -277,6 +279,7 @@ impl Boot<'_> {
             files_mib: config.fs_window_mib,
             nested: config.nested,
             report_free_memory: config.report_free_memory,
+            disks: config.disk_places,
             disk_rings: config.disk_io_uring,
             kernel_args: config.kernel_args.clone(),
             console: files.console.is_some(),

@@ -89,6 +89,31 @@ impl Store {
         self.change(|record| record.processes.push(process))
     }
 
+    /// Monitors of the other pods of this pod's tenant.
+    ///
+    /// # Errors
+    /// When the run dir cannot be read.
+    pub fn monitors_of_tenant(&self) -> Result<Vec<ProcessRecord>> {
+        let (tenant, pod) = self.read(|record| (record.tenant.clone(), (record.namespace.clone(), record.pod.clone())));
+        let all = records::all(&self.run_dir).with_context(|| format!("read the pods in {}", self.run_dir.display()))?;
+        let others = all.into_iter().filter(|other| other.tenant == tenant && (&other.namespace, &other.pod) != (&pod.0, &pod.1));
+        Ok(others.flat_map(|other| other.processes).filter(|process| process.role == "vmm").collect())
+    }
+
+    /// Has the host's other pods wait before they take this lock, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// When another pod does not let it go.
+    pub fn lock_host(&self) -> Result<impl Drop + use<>> {
+        let folder = std::fs::File::open(&self.run_dir).with_context(|| format!("open {}", self.run_dir.display()))?;
+        let start = Instant::now();
+        while let Err(error) = flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            anyhow::ensure!(error == Errno::WOULDBLOCK && start.elapsed() < LOCK_TIMEOUT, "lock {}: {error}", self.run_dir.display());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(std::os::fd::OwnedFd::from(folder))
+    }
+
     /// Reserves a user id that no other pod of this host has.
     ///
     /// # Errors
@@ -115,6 +140,9 @@ impl Store {
         bail!("all {count} user ids for virtual machines are taken; set vmm.uid_count higher")
     }
 }
+
+/// How long another pod may hold the host's lock, which it does for some system calls.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a folder may go between that it is made and that something is put into it.
 const TRIES: usize = 100;

@@ -16,6 +16,7 @@ pub const ALONE: &[Test] = &[
     ("a_pod_whose_guest_hangs_can_be_removed", a_pod_whose_guest_hangs_can_be_removed),
     ("a_containerd_that_dies_within_calls_leaves_nothing", a_containerd_that_dies_within_calls_leaves_nothing),
     ("a_pod_without_processes_or_memory_dies_alone", a_pod_without_processes_or_memory_dies_alone),
+    ("a_pod_that_has_all_the_memory_it_may_have_is_deleted_whole", a_pod_that_has_all_the_memory_it_may_have_is_deleted_whole),
 ];
 
 const CALLERS: u64 = 4;
@@ -118,6 +119,21 @@ fn a_containerd_that_dies_within_calls_leaves_nothing() {
     }
     // Network namespaces of pods that containerd forgot are its own to find.
     assert_nothing_left(&before.with_mounts_below("/run/netns"));
+}
+
+fn a_pod_that_has_all_the_memory_it_may_have_is_deleted_whole() {
+    let before = Inventory::take();
+    {
+        let pod = Pod::start("full", &["--cgroup", "/pods/full"], "dd if=/dev/zero of=/dev/null bs=64M count=1; exec sleep 1000");
+        let containerd = shell("pgrep -x containerd | head -n 1");
+        // Nothing more is to be had from now on, and the shim is one of those who ask.
+        shell("cd /sys/fs/cgroup/pods/full && echo 0 > memory.swap.max; cat memory.current > memory.max");
+        assert_eq!(run("ctr", &["task", "delete", "--force", &pod.id]).code, 137);
+        assert_eq!(shell("pgrep -x containerd | head -n 1"), containerd);
+        assert!(!std::path::Path::new("/sys/fs/cgroup/pods/full").exists());
+    }
+    shell("rmdir /sys/fs/cgroup/pods");
+    assert_nothing_left(&before);
 }
 
 fn a_pod_without_processes_or_memory_dies_alone() {

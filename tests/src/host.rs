@@ -68,6 +68,11 @@ pub fn kernel_log(since: f64) -> String {
     lines[lines.len().saturating_sub(40)..].join("\n")
 }
 
+/// A number from the environment: emulation does less in the time that a test run has, and `cargo xtask test --long` sets more.
+pub fn number<N: std::str::FromStr>(variable: &str, default: N) -> N {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
 /// Seconds since the node's start.
 pub fn uptime() -> f64 {
     let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();

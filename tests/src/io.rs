@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr_ok, id, run_pod, run_with_input, shell};
+use crate::host::number;
 
 pub const TESTS: &[Test] = &[
     ("stdin_ends_when_its_writer_does", stdin_ends_when_its_writer_does),
@@ -35,7 +36,7 @@ fn stdout_and_stderr_are_kept_apart() {
 /// How often a file of 20 MB goes through: `CAISSON_TEST_FLOOD=26` makes it half a gigabyte.
 /// Emulation does less in the time that a test run has.
 fn flood() -> String {
-    let times = std::env::var("CAISSON_TEST_FLOOD").ok().and_then(|text| text.parse().ok()).unwrap_or(1u32);
+    let times = number("CAISSON_TEST_FLOOD", 1);
     format!("for i in $(seq {times}); do cat /usr/share/caisson/vmlinux; done")
 }
 

@@ -64,6 +64,7 @@ fn a_pods_processes_have_no_rights_that_they_do_not_need() {
         let cores = shell(&format!("cat /proc/{pid}/limits | grep 'core file' | tr -s ' '"));
         assert_eq!(cores, "Max core file size 0 0 bytes");
     }
+    assert_eq!(shell(&format!("cat /sys/fs/cgroup/default/{}/machine/pids.max", pod.id)), "2048");
     assert_ne!(status(vmm, "Uid").split_whitespace().next(), Some("0"));
     assert_ne!(shell(&format!("readlink /proc/{vmm}/ns/user")), shell("readlink /proc/self/ns/user"));
     // Its root has nothing in it, and nothing can be put there.

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, id, run_pod};
-use crate::host::{Inventory, assert_nothing_left};
+use crate::host::{Inventory, assert_nothing_left, number};
 
 pub const TESTS: &[Test] = &[
     ("pods_at_once_work_and_leave_nothing", pods_at_once_work_and_leave_nothing),
@@ -12,17 +12,12 @@ pub const TESTS: &[Test] = &[
     ("a_detached_pod_with_execs_leaves_nothing", a_detached_pod_with_execs_leaves_nothing),
 ];
 
-/// A number from the environment: emulation does less in the time that a test run has.
-fn count(variable: &str, default: i32) -> i32 {
-    std::env::var(variable).ok().and_then(|count| count.parse().ok()).unwrap_or(default)
-}
-
 /// Twenty with `CAISSON_TEST_AT_ONCE=20`.
 fn pods_at_once_work_and_leave_nothing() {
     // Emulated machines that boot together take long.
     let _config = crate::faults::Config::set("[timeouts]\nboot_ms = 600000\nagent_ms = 300000\n");
     let before = Inventory::take();
-    let children: Vec<_> = (0..count("CAISSON_TEST_AT_ONCE", 2))
+    let children: Vec<_> = (0..number("CAISSON_TEST_AT_ONCE", 2))
         .map(|number| {
             let id = id("many");
             let child = Command::new("ctr")
@@ -40,7 +35,7 @@ fn pods_at_once_work_and_leave_nothing() {
 
 /// Two hundred with `CAISSON_TEST_PODS=200`.
 fn pods_one_after_another_leave_nothing() {
-    let count = count("CAISSON_TEST_PODS", 5);
+    let count = number("CAISSON_TEST_PODS", 5);
     let before = Inventory::take();
     for _ in 0..count {
         let output = run_pod(&[], &["true"]);

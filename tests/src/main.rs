@@ -2,11 +2,13 @@
 //!
 //! Run by `cargo xtask test [FILTER]`. A test is named for its outcome; a failed assertion says
 //! what was seen. Tests that disturb the whole node (they restart containerd, or count what is on
-//! the host) run alone, after the others. On a node with cgroup v1 those run that look at what is different there.
+//! the host) run alone, after the others. On a node with cgroup v1, or with
+//! two threads a core, those run that look at what is different there.
 
 mod bench;
 mod cgroup_v1;
 mod containerd;
+mod cores;
 mod cri;
 mod ctr;
 mod deploy;
@@ -149,6 +151,9 @@ fn main() {
     if cgroup_v1::is_here() {
         first_pod();
         run(&[cgroup_v1::TESTS]);
+    } else if cores::have_threads() {
+        first_pod();
+        run(&[cores::TESTS]);
     } else {
         run(SHARED);
         first_pod();

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use k8s_cri::v1::{
     ContainerConfig, ContainerState, ContainerStatsRequest, ExecSyncRequest, IdMapping, Int64Value, LinuxContainerResources, Mount,
     NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatusRequest,
-    ReopenContainerLogRequest, StartContainerRequest, StopPodSandboxRequest, SupplementalGroupsPolicy, UserNamespace,
+    RemoveContainerRequest, ReopenContainerLogRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    SupplementalGroupsPolicy, UserNamespace,
 };
 
 use crate::Test;
@@ -28,10 +29,41 @@ pub const TESTS: &[Test] = &[
 
 pub const ALONE: &[Test] = &[
     ("the_shim_makes_a_pods_sandbox_for_containerd_2", the_shim_makes_a_pods_sandbox_for_containerd_2),
+    (
+        "a_pod_is_removed_though_kubelet_has_killed_what_was_in_its_cgroup",
+        a_pod_is_removed_though_kubelet_has_killed_what_was_in_its_cgroup,
+    ),
     ("pods_of_older_containerds_are_the_same", pods_of_older_containerds_are_the_same),
     ("root_of_a_pod_with_users_of_its_own_is_nobody_outside", root_of_a_pod_with_users_of_its_own_is_nobody_outside),
     ("systemd_makes_the_scope_that_its_driver_asks_for", systemd_makes_the_scope_that_its_driver_asks_for),
 ];
+
+/// kubelet makes the cgroup of a pod and stops what is in the pod. Then it kills whatever is left in the cgroup, and asks for the
+/// pod's removal.
+fn a_pod_is_removed_though_kubelet_has_killed_what_was_in_its_cgroup() {
+    let _containerd = CriContainerd::start("2");
+    let before = Inventory::take();
+    for handler in ["caisson", "caisson-sandboxer"] {
+        shell("mkdir /sys/fs/cgroup/kubepods-pod1");
+        let in_cgroup = |config: &mut PodSandboxConfig| config.linux.as_mut().unwrap().cgroup_parent = "/kubepods-pod1".into();
+        let mut pod = Pod::start_with(CriContainerd::SOCKET, handler, in_cgroup).unwrap();
+        let container = pod.run("one", SLEEP, |_| ());
+        let shim = ctr::host_pid(&pod.id, "shim");
+        let stop = StopContainerRequest { container_id: container.clone(), timeout: 5 };
+        pod.cri.call(|client| client.stop_container(stop)).unwrap();
+        let stop = StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+        pod.cri.call(|client| client.stop_pod_sandbox(stop)).unwrap();
+        shell("find /sys/fs/cgroup/kubepods-pod1 -name cgroup.procs -exec cat {} + | xargs -r kill -9; sleep 0.5");
+        // containerd has the shim of a sandbox until the end, and that of a pause container until it has stopped.
+        let lives = std::path::Path::new(&format!("/proc/{shim}")).exists();
+        assert_eq!(lives, handler == "caisson-sandboxer", "{handler}");
+        let remove = RemoveContainerRequest { container_id: container };
+        pod.cri.call(|client| client.remove_container(remove)).unwrap();
+        drop(pod);
+        shell("rmdir /sys/fs/cgroup/kubepods-pod1");
+        assert_nothing_left(&before);
+    }
+}
 
 fn a_container_out_of_memory_is_said_to_be() {
     let mut pod = Pod::start(|_| ());

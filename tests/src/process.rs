@@ -2,7 +2,7 @@
 
 use crate::Test;
 use crate::ctr::{IMAGE, Pod, RUNTIME, ctr, ctr_ok, id, run_pod, shell};
-use crate::host::{self, eventually};
+use crate::host::{self, eventually, number};
 
 pub const TESTS: &[Test] = &[
     ("a_setuid_program_is_its_owners_where_privileges_may_be_gained", a_setuid_program_is_its_owners_where_privileges_may_be_gained),
@@ -137,7 +137,7 @@ fn an_exec_has_its_own_exit_code_and_streams() {
 
 /// How many: `CAISSON_TEST_EXECS=100` makes it a hundred, of which an emulated containerd may turn one away.
 fn many_execs_at_once_each_have_their_own() {
-    let count = std::env::var("CAISSON_TEST_EXECS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
+    let count = number("CAISSON_TEST_EXECS", 10);
     let pod = Pod::start("execs", &[], "sleep 1000");
     std::thread::scope(|scope| {
         for number in 1..=count {

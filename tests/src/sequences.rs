@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::Test;
 use crate::ctr::{Pod, shell};
-use crate::host::{Inventory, assert_nothing_left};
+use crate::host::{Inventory, assert_nothing_left, number};
 
 pub const ALONE: &[Test] =
     &[("any_sequence_of_calls_is_answered_as_the_state_allows", any_sequence_of_calls_is_answered_as_the_state_allows)];
@@ -326,10 +326,6 @@ impl Shim {
             self.containers.get_mut(id).unwrap().execs.insert(exec.to_owned(), now);
         }
     }
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 fn any_sequence_of_calls_is_answered_as_the_state_allows() {

@@ -144,7 +144,7 @@ impl Running {
     /// # Errors
     /// When there is no such place.
     pub fn disk(&self, index: u32) -> Result<&blk::Place> {
-        self.places.disks.get(index as usize).with_context(|| format!("disk {index}: there are {DISKS} places"))
+        self.places.disks.get(index as usize).with_context(|| format!("disk {index}: there are {} places", self.places.disks.len()))
     }
 
     /// Lets KVM know of a place's interrupt and notifications; returns how many of these it has.
@@ -196,7 +196,7 @@ impl Running {
 #[derive(Default)]
 struct Places {
     nics: [net::Place; NICS as usize],
-    disks: [blk::Place; DISKS as usize],
+    disks: Vec<blk::Place>,
     /// Those whose interrupt and notifications KVM knows, with how many of the latter they have.
     connected: HashMap<u32, usize>,
 }
@@ -222,7 +222,7 @@ impl Machine {
         let reach = window.as_ref().map(|window| give_window(&vm, &memory, window, layout)).transpose()?;
         let shared = window.as_ref().map(|window| (layout.window_start(), window));
         let vhost_fs = fs::VhostUserFs::connect(UnixStream::from(files.fs), shared, &control).context("connect to the virtio-fs server")?;
-        let mut places = Places::default();
+        let mut places = Places { disks: (0..config.disks).map(|_| blk::Place::default()).collect(), ..Places::default() };
         if config.disk_rings
             && let Err(error) = places.disks.iter_mut().try_for_each(|place| place.add_rings(config.max_vcpus))
         {
@@ -302,6 +302,7 @@ fn check(config: &BootConfig) -> Result<()> {
         "{} MiB of added memory: allowed is 0 to {room}, in steps of {ADDED_MIB_STEP}",
         config.max_added_mib
     );
+    ensure!(DISKS.contains(&config.disks), "{} places for disks: allowed is {} to {}", config.disks, DISKS.start(), DISKS.end());
     let (least, most) = (FILES_MIB.start(), FILES_MIB.end());
     let allowed = config.files_mib == 0 || (FILES_MIB.contains(&config.files_mib) && config.files_mib.is_multiple_of(2));
     ensure!(allowed, "{} MiB for a window for files: allowed is 0, or an even number from {least} to {most}", config.files_mib);

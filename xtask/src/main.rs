@@ -45,6 +45,9 @@ enum Command {
     Test {
         /// Only tests whose name contains this
         filter: Option<String>,
+        /// Also what takes long: longer floods, more pods, longer sequences and fuzzing, and tests for a node of their own
+        #[arg(long)]
+        long: bool,
     },
     /// Measure, and print the figures as a table and as JSON
     Bench(bench::BenchArgs),
@@ -89,7 +92,7 @@ fn run(command: Command) -> Result<i32> {
             Ok(0)
         }
         Command::Node(args) => node::run(&args),
-        Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Test { filter, long } => test::run(filter.as_deref(), long),
         Command::Bench(args) => bench::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Sanitize => sanitize::run(),

@@ -37,16 +37,34 @@ impl Tally {
     }
 }
 
-/// Runs the tests whose name contains `filter`, all without one; returns the exit code.
-pub fn run(filter: Option<&str>) -> Result<i32> {
+/// A node for tests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Node {
+    /// For most of them.
+    Usual,
+    /// With cgroup v1, for those whose names begin with [`CGROUP_V1`].
+    CgroupV1,
+    /// With two threads a core, for those whose names begin with [`THREADS`].
+    Threads,
+}
+
+/// What the names of the tests begin with that have a node of their own.
+const CGROUP_V1: &str = "cgroup_v1";
+const THREADS: &str = "two_threads_a_core";
+
+/// Runs the tests whose name contains `filter`, all without one, and those that take `long`; returns the exit code.
+pub fn run(filter: Option<&str>, long: bool) -> Result<i32> {
     build::all()?;
     let mut all = unit_tests(filter)?;
-    all.add(fuzz_targets(filter)?);
+    all.add(fuzz_targets(filter, if long { LONG_FUZZ_SECONDS } else { FUZZ_SECONDS })?);
     let share = tempfile::tempdir()?;
     build_node_tests(share.path())?;
-    all.add(node_tests(share.path(), false, filter)?);
+    all.add(node_tests(share.path(), Node::Usual, filter, long)?);
     if filter.is_none_or(|filter| filter.starts_with(CGROUP_V1)) {
-        all.add(node_tests(share.path(), true, filter)?);
+        all.add(node_tests(share.path(), Node::CgroupV1, filter, long)?);
+    }
+    if filter.map_or(long, |filter| filter.starts_with(THREADS)) {
+        all.add(node_tests(share.path(), Node::Threads, filter, long)?);
     }
     // Again at the end, where a reader of a long log looks.
     for said in &all.said {
@@ -59,10 +77,11 @@ pub fn run(filter: Option<&str>) -> Result<i32> {
 /// For each fuzz target, and the number that its inputs are drawn from: two runs of a fresh tree try much the same.
 /// `cargo xtask fuzz` runs them for longer and goes other ways each time.
 const FUZZ_SECONDS: u32 = 5;
+const LONG_FUZZ_SECONDS: u32 = 60;
 const FUZZ_CHANCE: u32 = 1;
 
 /// The fuzz targets, from their seeds on for a short while; each counts as a test, `fuzz_` and its name.
-fn fuzz_targets(filter: Option<&str>) -> Result<Tally> {
+fn fuzz_targets(filter: Option<&str>, seconds: u32) -> Result<Tally> {
     let wanted = |target: &&str| filter.is_none_or(|filter| format!("fuzz_{target}").contains(filter));
     let targets: Vec<&str> = fuzz::TARGETS.iter().copied().filter(wanted).collect();
     let mut tally = Tally::default();
@@ -70,7 +89,7 @@ fn fuzz_targets(filter: Option<&str>) -> Result<Tally> {
         return Ok(tally);
     }
     for target in fuzz::build_targets()?.of(&targets) {
-        match target.run(FUZZ_SECONDS, Some(FUZZ_CHANCE)) {
+        match target.run(seconds, Some(FUZZ_CHANCE)) {
             Ok(()) => tally.passed += 1,
             Err(error) => {
                 println!("{error:#}");
@@ -164,20 +183,19 @@ pub fn build_node_tests(share: &Path) -> Result<()> {
     Ok(sh.copy_file("target/debug/node-tests", share.join("node-tests"))?)
 }
 
-/// What the names of the tests begin with that have a node of their own, with cgroup v1.
-const CGROUP_V1: &str = "cgroup_v1";
-
 /// The node tests' program, run in a node.
-fn node_tests(share: &Path, cgroup_v1: bool, filter: Option<&str>) -> Result<Tally> {
+fn node_tests(share: &Path, node: Node, filter: Option<&str>, long: bool) -> Result<Tally> {
     let mut tally = Tally::default();
     let mut done: Vec<String> = Vec::new();
     for attempt in 1.. {
-        let mut command: Vec<String> = ["bash", "-c", NODE_SCRIPT, "node-tests"].map(str::to_owned).to_vec();
+        let script = if long { format!("{LONG} {NODE_SCRIPT}") } else { NODE_SCRIPT.to_owned() };
+        let mut command: Vec<String> = ["bash", "-c", &script, "node-tests"].map(str::to_owned).to_vec();
         command.extend(filter.map(str::to_owned));
         command.extend(done.iter().flat_map(|name| ["--skip".to_owned(), name.clone()]));
         // Results of the run before are no results of this one.
         let _ = std::fs::remove_file(share.join("output"));
-        let ended = node::run(&NodeArgs { cgroup_v1, ..NodeArgs::usual(share, command) });
+        let (cgroup_v1, threads) = (node == Node::CgroupV1, node == Node::Threads);
+        let ended = node::run(&NodeArgs { cgroup_v1, threads, ..NodeArgs::usual(share, command) });
         let output = std::fs::read_to_string(share.join("output")).unwrap_or_default();
         for (name, failed) in results(&output) {
             match failed {
@@ -213,6 +231,9 @@ const HUNG: i32 = 102;
 const NODE_ATTEMPTS: u32 = 4;
 /// Runs the tests' program; what it prints is kept outside of the node as it comes.
 const NODE_SCRIPT: &str = "/share/node-tests \"$@\" > >(tee /share/output) 2>&1; code=$?; sleep 0.2; exit $code";
+
+/// How much those tests do that can do more.
+const LONG: &str = "export CAISSON_TEST_FLOOD=10 CAISSON_TEST_PODS=50 CAISSON_TEST_AT_ONCE=6 CAISSON_TEST_CALLS=600 CAISSON_TEST_SEEDS=20;";
 
 /// The tests that a run finished, those that failed with what they said. What a test prints itself stands between its
 /// name and its result.

@@ -9,6 +9,11 @@ pub enum HostNamespaces {
     Pod,
 }
 
+impl HostNamespaces {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("refuse", Self::Refuse), ("pod", Self::Pod)];
+}
+
 /// What network a pod has that was given none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NetworkDefault {
@@ -16,6 +21,11 @@ pub enum NetworkDefault {
     None,
     /// One that a program of the host carries over sockets of its own.
     User,
+}
+
+impl NetworkDefault {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("none", Self::None), ("user", Self::User)];
 }
 
 /// Which containers have the layers of their image as disks, where a snapshotter has made file systems of them.
@@ -29,6 +39,11 @@ pub enum DiskLayers {
     Always,
 }
 
+impl DiskLayers {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("never", Self::Never), ("read-only", Self::ReadOnly), ("always", Self::Always)];
+}
+
 /// How an interface of a pod's network namespace is joined to its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Join {
@@ -36,6 +51,11 @@ pub enum Join {
     Redirect,
     /// A macvtap on it takes what arrives.
     Macvtap,
+}
+
+impl Join {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("redirect", Self::Redirect), ("macvtap", Self::Macvtap)];
 }
 
 /// What becomes of a socket or FIFO of the host among a container's mounts, whose other end a machine cannot reach.
@@ -47,4 +67,27 @@ pub enum HostSockets {
     Dead,
     /// Connections to a socket are carried to the host's; a FIFO is refused.
     Carry,
+}
+
+impl HostSockets {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("refuse", Self::Refuse), ("dead", Self::Dead), ("carry", Self::Carry)];
+}
+
+/// Which guests may run at once on the hardware threads of one core of the host's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CoreScheduling {
+    /// [`Self::Tenant`] for a pod of a tenant, [`Self::Pod`] where containerd asks for it, else [`Self::Off`].
+    Auto,
+    /// Those of one pod.
+    Pod,
+    /// Those of one tenant's pods; a pod without a tenant is alone.
+    Tenant,
+    /// All.
+    Off,
+}
+
+impl CoreScheduling {
+    /// As the configuration has them.
+    pub const NAMES: &[(&str, Self)] = &[("auto", Self::Auto), ("pod", Self::Pod), ("tenant", Self::Tenant), ("off", Self::Off)];
 }

@@ -8,6 +8,7 @@ pub const HOSTS_OWN: &[&str] = &[
     "image.initramfs",
     "vm.max_memory_mib",
     "vm.max_vcpus",
+    "vm.core_scheduling",
     "network.passt",
     "vmm.path",
     "vmm.uid_base",

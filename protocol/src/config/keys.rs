@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use super::hosts_own::HOSTS_OWN;
-use super::{Config, DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
+use super::{Config, CoreScheduling, DiskLayers, HostNamespaces, HostSockets, Join, NetworkDefault};
 use crate::fs::{CachePolicy, HOST_IDS};
 use crate::publish::MOST_PUBLISHED;
-use crate::vmm::{FILES_MIB, MEMORY_MIB, VCPUS};
+use crate::vmm::{DISKS, FILES_MIB, MEMORY_MIB, VCPUS};
 
 /// A value as it stands in a file or an annotation.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,6 +51,16 @@ fn boolean(value: &Value) -> Option<bool> {
         Value::Text(text) => text.parse().ok(),
         Value::Integer(_) | Value::List(_) => None,
     }
+}
+
+/// One of several choices, by its name.
+fn chosen<T: Copy>(value: &Value, names: &[(&str, T)]) -> Option<T> {
+    let Value::Text(text) = value else { return None };
+    names.iter().find(|(name, _)| name == text).map(|(_, choice)| *choice)
+}
+
+fn name_of<T: PartialEq>(choice: T, names: &[(&'static str, T)]) -> &'static str {
+    names.iter().find(|(_, named)| *named == choice).map_or("", |(name, _)| *name)
 }
 
 fn absolute(value: Value) -> Option<PathBuf> {
@@ -176,6 +186,14 @@ pub const KEYS: &[Key] = &[
         |c| c.nested.to_string()
     ),
     key!(
+        "vm.core_scheduling",
+        "which guests may run at once on the hardware threads of one core, where the host's processor has several: those of one pod, of one \
+         tenant, or all; auto is tenant for a tenant's pods, pod where containerd's SCHED_CORE is set, else off",
+        "\"auto\", \"pod\", \"tenant\" or \"off\"",
+        |c, v| c.core_scheduling = chosen(&v, CoreScheduling::NAMES)?,
+        |c| quoted(name_of(c.core_scheduling, CoreScheduling::NAMES))
+    ),
+    key!(
         "vm.report_free_memory",
         "whether the guest reports memory that it has freed, so that the host has it back after some seconds",
         "true or false",
@@ -186,15 +204,8 @@ pub const KEYS: &[Key] = &[
         "network.default",
         "the network of a pod that was given none: its loopback interface alone, or one that passt(1) carries over sockets of the host",
         "\"none\" or \"user\"",
-        |c, v| c.network_default = match v {
-            Value::Text(t) if t == "none" => NetworkDefault::None,
-            Value::Text(t) if t == "user" => NetworkDefault::User,
-            _ => return None,
-        },
-        |c| quoted(match c.network_default {
-            NetworkDefault::None => "none",
-            NetworkDefault::User => "user",
-        })
+        |c, v| c.network_default = chosen(&v, NetworkDefault::NAMES)?,
+        |c| quoted(name_of(c.network_default, NetworkDefault::NAMES))
     ),
     key!("network.passt", "that program", PATH_ALLOWED, |c, v| c.network_passt = absolute(v)?, |c| quoted(c.network_passt.display())),
     key!(
@@ -215,15 +226,8 @@ pub const KEYS: &[Key] = &[
         "network.join",
         "how a pod's interfaces are joined to its machine: frames redirected by traffic control, or a macvtap on the interface where one can be",
         "\"redirect\" or \"macvtap\"",
-        |c, v| c.network_join = match v {
-            Value::Text(t) if t == "redirect" => Join::Redirect,
-            Value::Text(t) if t == "macvtap" => Join::Macvtap,
-            _ => return None,
-        },
-        |c| quoted(match c.network_join {
-            Join::Redirect => "redirect",
-            Join::Macvtap => "macvtap",
-        })
+        |c, v| c.network_join = chosen(&v, Join::NAMES)?,
+        |c| quoted(name_of(c.network_join, Join::NAMES))
     ),
     key!(
         "network.max_mbit",
@@ -243,17 +247,15 @@ pub const KEYS: &[Key] = &[
         "disk.layers",
         "which containers have the layers of their image as disks, where the snapshotter made file systems of them: none, those with a read-only root, or all",
         "\"never\", \"read-only\" or \"always\"",
-        |c, v| c.disk_layers = match v {
-            Value::Text(t) if t == "never" => DiskLayers::Never,
-            Value::Text(t) if t == "read-only" => DiskLayers::ReadOnly,
-            Value::Text(t) if t == "always" => DiskLayers::Always,
-            _ => return None,
-        },
-        |c| quoted(match c.disk_layers {
-            DiskLayers::Never => "never",
-            DiskLayers::ReadOnly => "read-only",
-            DiskLayers::Always => "always",
-        })
+        |c, v| c.disk_layers = chosen(&v, DiskLayers::NAMES)?,
+        |c| quoted(name_of(c.disk_layers, DiskLayers::NAMES))
+    ),
+    key!(
+        "disk.places",
+        "how many disks a pod may have at a time; where none is left, a container whose root file system a guest may have written is refused",
+        "0 to 16",
+        |c, v| c.disk_places = integer(&v, i64::from(*DISKS.start()), i64::from(*DISKS.end()))?,
+        |c| c.disk_places.to_string()
     ),
     key!(
         "disk.io_uring",
@@ -297,15 +299,8 @@ pub const KEYS: &[Key] = &[
         "pod.host_namespaces",
         "what becomes of a container that asks for the host's network, process ids or IPC: refused, or given the pod's own",
         "\"refuse\" or \"pod\"",
-        |c, v| c.host_namespaces = match v {
-            Value::Text(t) if t == "refuse" => HostNamespaces::Refuse,
-            Value::Text(t) if t == "pod" => HostNamespaces::Pod,
-            _ => return None,
-        },
-        |c| quoted(match c.host_namespaces {
-            HostNamespaces::Refuse => "refuse",
-            HostNamespaces::Pod => "pod",
-        })
+        |c, v| c.host_namespaces = chosen(&v, HostNamespaces::NAMES)?,
+        |c| quoted(name_of(c.host_namespaces, HostNamespaces::NAMES))
     ),
     key!(
         "pod.owners",
@@ -357,17 +352,8 @@ pub const KEYS: &[Key] = &[
         "fs.cache",
         "what the guest may cache of files",
         "\"never\", \"auto\" or \"always\"",
-        |c, v| c.fs_cache = match v {
-            Value::Text(t) if t == "never" => CachePolicy::Never,
-            Value::Text(t) if t == "auto" => CachePolicy::Auto,
-            Value::Text(t) if t == "always" => CachePolicy::Always,
-            _ => return None,
-        },
-        |c| quoted(match c.fs_cache {
-            CachePolicy::Never => "never",
-            CachePolicy::Auto => "auto",
-            CachePolicy::Always => "always",
-        })
+        |c, v| c.fs_cache = chosen(&v, CachePolicy::NAMES)?,
+        |c| quoted(name_of(c.fs_cache, CachePolicy::NAMES))
     ),
     key!(
         "fs.set_id",
@@ -395,17 +381,8 @@ pub const KEYS: &[Key] = &[
         "fs.sockets",
         "what becomes of a socket of the host among a container's mounts: refused, bound although nobody answers, or each connection carried to it",
         "\"refuse\", \"dead\" or \"carry\"",
-        |c, v| c.fs_sockets = match v {
-            Value::Text(t) if t == "refuse" => HostSockets::Refuse,
-            Value::Text(t) if t == "dead" => HostSockets::Dead,
-            Value::Text(t) if t == "carry" => HostSockets::Carry,
-            _ => return None,
-        },
-        |c| quoted(match c.fs_sockets {
-            HostSockets::Refuse => "refuse",
-            HostSockets::Dead => "dead",
-            HostSockets::Carry => "carry",
-        })
+        |c, v| c.fs_sockets = chosen(&v, HostSockets::NAMES)?,
+        |c| quoted(name_of(c.fs_sockets, HostSockets::NAMES))
     ),
     key!(
         "fs.id_base",

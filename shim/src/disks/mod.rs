@@ -13,6 +13,8 @@
 mod layers;
 mod wanted;
 
+pub use self::wanted::GUESTS_WRITE;
+
 use std::collections::HashMap;
 use std::fs::{File, Metadata, TryLockError};
 use std::io::{Seek, SeekFrom};
@@ -26,7 +28,7 @@ use anyhow::{Context, Result, bail, ensure};
 use caisson_protocol::agent::{DiskMount, Layers};
 use caisson_protocol::config::DiskLayers;
 use caisson_protocol::guest::DISKS_DIR;
-use caisson_protocol::vmm::{BLOCK_SIZES, DISKS, Disk, RateLimit};
+use caisson_protocol::vmm::{BLOCK_SIZES, Disk, RateLimit};
 use containerd_shim_protos::types::mount::Mount;
 use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
@@ -46,22 +48,19 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(100);
 /// Between two looks at the sizes of disks.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-fn none_left() -> String {
-    format!("a pod can have {DISKS} disks at a time")
-}
-
 /// The disks of a machine, by their places.
 pub struct Disks {
     places: Arc<Mutex<Places>>,
+    /// How many places there are.
+    count: usize,
     limit: RateLimit,
     layers: DiskLayers,
     /// Containers that have some, or are about to, and whether they may write to any of them.
     containers: std::sync::Mutex<HashMap<String, bool>>,
 }
 
-#[derive(Default)]
 struct Places {
-    disks: [Option<Attached>; DISKS as usize],
+    disks: Vec<Option<Attached>>,
     /// Whether a task follows their sizes.
     followed: bool,
 }
@@ -102,9 +101,16 @@ struct Attached {
 type Identity = (u64, u64);
 
 impl Disks {
-    /// None yet; each is to carry no more than `limit` says, and `layers` says whose are to be some.
-    pub fn new(limit: RateLimit, layers: DiskLayers) -> Self {
-        Self { places: Arc::default(), limit, layers, containers: std::sync::Mutex::default() }
+    /// None yet, of `count` at a time; each is to carry no more than `limit` says, and `layers` says whose are to be some.
+    pub fn new(count: u32, limit: RateLimit, layers: DiskLayers) -> Self {
+        let disks: Vec<_> = (0..count).map(|_| None).collect();
+        let count = disks.len();
+        let places = Arc::new(Mutex::new(Places { disks, followed: false }));
+        Self { places, count, limit, layers, containers: std::sync::Mutex::default() }
+    }
+
+    fn none_left(&self) -> String {
+        format!("a pod can have {} disks at a time (disk.places)", self.count)
     }
 
     /// Gives a container the disks that its specification asks for, and points that at them; returns where its root file
@@ -117,19 +123,25 @@ impl Disks {
         for (index, mount) in spec["mounts"].as_array_mut().into_iter().flatten().enumerate() {
             let Some(wanted) = volume(container, index, mount)? else { continue };
             let options = if wanted.read_only { json!(["rbind", "ro"]) } else { json!(["rbind"]) };
-            let placed = self.add(sandbox, container, wanted).await?.with_context(none_left)?;
+            let placed = self.add(sandbox, container, wanted).await?.with_context(|| self.none_left())?;
             *mount = json!({"destination": mount["destination"], "type": "bind", "source": placed.folder, "options": options});
         }
         let mut renumbered = Vec::new();
         for (numbers, wanted) in devices(spec)? {
-            renumbered.push((numbers, self.add(sandbox, container, wanted).await?.with_context(none_left)?.numbers));
+            renumbered.push((numbers, self.add(sandbox, container, wanted).await?.with_context(|| self.none_left())?.numbers));
         }
         renumber(spec, &renumbered);
-        if let Some(wanted) = root(container, rootfs)
-            && let Some(placed) = self.add(sandbox, container, wanted).await?
-        {
-            spec["root"]["path"] = json!(placed.folder);
-            return Ok(Root::Disk);
+        if let Some(wanted) = root(container, rootfs) {
+            // What nobody has written the host may mount as well.
+            let written = !wanted.is_of_a_kind_that_nobody_writes();
+            match self.add(sandbox, container, wanted).await? {
+                Some(placed) => {
+                    spec["root"]["path"] = json!(placed.folder);
+                    return Ok(Root::Disk);
+                }
+                None if written => bail!("{}, and the host does not mount what a guest may have written", self.none_left()),
+                None => {}
+            }
         }
         let read_only = spec["root"]["readonly"] == true;
         let wanted = self.layers == DiskLayers::Always || (self.layers == DiskLayers::ReadOnly && read_only);
@@ -139,7 +151,7 @@ impl Disks {
                 Ok(Some(Placed { folder: Some(folder), .. })) => {
                     return Ok(Root::Layers { layers: Layers { folder, count, read_only, ..Layers::default() }, snapshot });
                 }
-                Ok(_) => log::debug!("container {container}: its layers are mounted on the host: {}", none_left()),
+                Ok(_) => log::debug!("container {container}: its layers are mounted on the host: {}", self.none_left()),
                 // The host's kernel knows more kinds of them than the guest's.
                 Err(error) => log::warn!("container {container}: its layers are mounted on the host: {error:#}"),
             }

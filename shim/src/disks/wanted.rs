@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 
 /// File systems that the guest's kernel mounts from a disk.
 const FILE_SYSTEMS: [&str; 4] = ["ext4", "xfs", "erofs", "squashfs"];
+/// Those that a guest may have written, byte by byte: a kernel that mounts one must not trust them.
+pub const GUESTS_WRITE: [&str; 2] = ["ext4", "xfs"];
 /// The name of a container's root file system among its disks.
 const ROOT: &str = "rootfs";
 /// A block device by its numbers.
@@ -27,6 +29,13 @@ pub struct Wanted {
     pub mount: Option<DiskMount>,
     /// Whether each of them has a file system of its own.
     pub divided: bool,
+}
+
+impl Wanted {
+    /// Whether it is a file system that is made once, and only read from then on.
+    pub fn is_of_a_kind_that_nobody_writes(&self) -> bool {
+        self.mount.as_ref().is_some_and(|mount| !GUESTS_WRITE.contains(&mount.type_.as_str()))
+    }
 }
 
 /// The file system on a device or in a file that a mount entry names.

@@ -64,6 +64,7 @@ pub fn all() -> Vec<Attack> {
         attack("requests that are none", &["a request of the guest", "the virtio-fs server"], requests),
         attack("a flood of connections", &[RESET], connections),
         attack("a storm of notifications", &[RESET], storm),
+        attack("queues that change while they run", &[RESET], changing_queues),
         attack("memory that there is not", &[RESET], beyond_memory),
     ]
 }
@@ -245,6 +246,25 @@ fn storm(program: &mut Program) {
         }
         program.write32(register(RNG, ACKNOWLEDGE), 1).write32(register(VSOCK, ACKNOWLEDGE), 3);
     });
+}
+
+/// What a driver says of its queues before it says that it is ready, said anew afterwards: sizes, places, and that there are none.
+fn changing_queues(program: &mut Program) {
+    for device in [VSOCK, RNG] {
+        bring_up(program, device, 3, SIZE, usual);
+        offer(program, 0, &[0, 1, 2, 3], 4);
+        for (size, place) in [(0, 0), (0xffff, u64::MAX - 15), (0x8000, 0xfff_fff0), (3, REGISTERS)] {
+            for queue in 0..3 {
+                program.write32(register(device, 0x30), queue).write32(register(device, 0x38), size);
+                for offset in [0x80, 0x90, 0xa0] {
+                    program.write32(register(device, offset), place & 0xffff_ffff).write32(register(device, offset + 4), place >> 32);
+                }
+                program.write32(register(device, 0x44), 0).write32(register(device, 0x44), 1).write32(register(device, NOTIFY), queue);
+            }
+            // Features, too, and that it is ready once more.
+            program.write32(register(device, 0x20), 0xffff_ffff).write32(register(device, STATUS), 15).wait();
+        }
+    }
 }
 
 fn beyond_memory(program: &mut Program) {

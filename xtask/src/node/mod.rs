@@ -53,6 +53,9 @@ pub struct NodeArgs {
     /// With the hierarchies of cgroup v1 instead of v2's
     #[arg(long, conflicts_with = "host")]
     pub cgroup_v1: bool,
+    /// With two hardware threads in each core
+    #[arg(long, conflicts_with_all = ["host", "counted"])]
+    pub threads: bool,
     /// Run on this machine instead of in a virtual machine
     #[arg(long)]
     pub host: bool,
@@ -71,6 +74,7 @@ impl NodeArgs {
             cpus: DEFAULT_CPUS,
             counted: false,
             cgroup_v1: false,
+            threads: false,
             host: false,
             command,
         }
@@ -107,16 +111,17 @@ pub fn run(args: &NodeArgs) -> Result<i32> {
     if args.host {
         return run_on_host(&image, work.path(), &share);
     }
-    let machine = Machine { cpus: args.cpus, memory_mib: args.memory, counted: args.counted, cgroup_v1: args.cgroup_v1 };
-    // The instruction clock does not go on from a state, and cgroup v1 is not wanted often enough for one.
-    let state = if args.counted || args.cgroup_v1 { None } else { Some(saved_state(&image, &machine)?) };
+    let (counted, cgroup_v1, threads) = (args.counted, args.cgroup_v1, args.threads);
+    let machine = Machine { cpus: args.cpus, memory_mib: args.memory, counted, cgroup_v1, threads };
+    // The instruction clock does not go on from a state, and the other shapes are not wanted often enough for one.
+    let state = if counted || cgroup_v1 || threads { None } else { Some(saved_state(&image, &machine)?) };
     let folders = Folders { caisson: &root, node: work.path(), share: &share };
     start_and_run(&image, &machine, state.as_deref(), &folders)
 }
 
 /// Makes the node's image and the saved state of its usual shape.
 pub fn prepare() -> Result<()> {
-    let machine = Machine { cpus: DEFAULT_CPUS, memory_mib: DEFAULT_MEMORY_MIB, counted: false, cgroup_v1: false };
+    let machine = Machine { cpus: DEFAULT_CPUS, memory_mib: DEFAULT_MEMORY_MIB, counted: false, cgroup_v1: false, threads: false };
     saved_state(&node_image()?, &machine).map(drop)
 }
 

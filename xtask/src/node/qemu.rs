@@ -22,6 +22,8 @@ pub struct Machine {
     pub counted: bool,
     /// The hierarchies of cgroup v1 instead of v2's.
     pub cgroup_v1: bool,
+    /// Two hardware threads in each core.
+    pub threads: bool,
 }
 
 /// How a node comes up.
@@ -67,7 +69,8 @@ impl Qemu {
         command.args(["-M", "pc", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(accelerator(machine).split(' '));
         let cpus = if machine.counted { 1 } else { machine.cpus };
-        command.args(["-smp", &cpus.to_string(), "-m", &machine.memory_mib.to_string()]);
+        let threads = if machine.threads { ",threads=2" } else { "" };
+        command.args(["-smp", &format!("{cpus}{threads}"), "-m", &machine.memory_mib.to_string()]);
         command.arg("-L").arg(tree.join("usr/share/seabios")).arg("-L").arg(tree.join("usr/share/qemu"));
         command.arg("-kernel").arg(image.kernel()).arg("-initrd").arg(image.initramfs());
         let cgroups = if machine.cgroup_v1 { "v1" } else { "v2" };
