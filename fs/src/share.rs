@@ -42,6 +42,7 @@ use virtiofsd::passthrough::PassthroughFs;
 use crate::dax;
 use crate::descriptors::Descriptors;
 use crate::seal::{Seal, check_name};
+use crate::volumes::{as_another, as_user};
 
 /// After so long a change is told from the next by its time: file systems count in steps of up to two
 /// seconds, and a file server's clock may be a little behind ours.
@@ -286,7 +287,11 @@ impl FileSystem for Share {
     type DirIter = DirIter;
 
     fn open(&self, ctx: Context, inode: Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
-        let (handle, options) = self.descriptors.mind(self.fs.open(ctx, inode, kill_priv, flags))?;
+        let opened = {
+            let _another = as_another(kill_priv)?;
+            self.fs.open(ctx, inode, false, flags)
+        };
+        let (handle, options) = self.descriptors.mind(opened)?;
         let handle = self.hold(handle);
         Ok((handle, options | self.keeps(inode, flags, || self.fs.getattr(ctx, inode, handle).map(|(attr, _)| attr))))
     }
@@ -378,11 +383,13 @@ impl FileSystem for Share {
         flags: u32,
     ) -> io::Result<usize> {
         check_range(offset, size.into())?;
-        self.fs.write(ctx, inode, handle, from, size, offset, lock_owner, delayed, kill_priv, flags)
+        let _another = as_another(kill_priv)?;
+        self.fs.write(ctx, inode, handle, from, size, offset, lock_owner, delayed, false, flags)
     }
 
     fn fallocate(&self, ctx: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64) -> io::Result<()> {
         check_range(offset, length)?;
+        let _user = as_user(ctx)?;
         self.fs.fallocate(ctx, inode, handle, mode, offset, length)
     }
 
@@ -400,6 +407,7 @@ impl FileSystem for Share {
     ) -> io::Result<usize> {
         check_range(from_offset, length)?;
         check_range(to_offset, length)?;
+        let _user = as_user(ctx)?;
         self.fs.copyfilerange(ctx, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
     }
 
@@ -427,7 +435,8 @@ impl FileSystem for Share {
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
         let _opened = self.seal.open(&[inode])?;
-        let (mut attr, valid) = self.fs.setattr(ctx, inode, attr, handle, valid)?;
+        let _another = as_another(valid.contains(SetattrValid::KILL_SUIDGID))?;
+        let (mut attr, valid) = self.fs.setattr(ctx, inode, attr, handle, valid - SetattrValid::KILL_SUIDGID)?;
         self.mark(&mut attr);
         Ok((attr, valid))
     }

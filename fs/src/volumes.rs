@@ -13,7 +13,10 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use caisson_protocol::guest::{KEEPS_DIR, MOUNTS_DIR, ROOTFS_DIR, SNAPSHOT_DIR};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use virtiofsd::filesystem::Context;
 use virtiofsd::fuse::ROOT_ID;
+use virtiofsd::soft_idmap::Id;
 
 use crate::share::Inode;
 
@@ -117,6 +120,41 @@ pub const fn gives_rights(mode: u32) -> bool {
 pub const fn without_rights(mode: u32) -> u32 {
     let mode = mode & !libc::S_ISUID;
     if mode & libc::S_IXGRP == 0 { mode } else { mode & !libc::S_ISGID }
+}
+
+/// Without the right to keep the bits that make others run a file as its owner, for as long as it lives.
+pub struct Another(CapabilitySets);
+
+/// Has the kernel take those bits from a file, as it does when the owner is not who writes.
+///
+/// virtiofsd's own way to do so looks at what it remembers of a thread's rights. That is wrong once the thread has made a
+/// file as a user: the bits stay then. So its requests to do so are not passed on to it.
+///
+/// # Errors
+/// When the capability against that cannot be dropped.
+pub fn as_another(kill: bool) -> io::Result<Option<Another>> {
+    if !kill {
+        return Ok(None);
+    }
+    let before = capabilities(None)?;
+    let effective = before.effective - CapabilitySet::FSETID;
+    set_capabilities(None, CapabilitySets { effective, ..before })?;
+    Ok(Some(Another(before)))
+}
+
+impl Drop for Another {
+    fn drop(&mut self) {
+        // The kernel refuses no one what is permitted; without it files lose bits, and gain none.
+        let _ = set_capabilities(None, self.0);
+    }
+}
+
+/// [`as_another`] for what the guest's kernel asks without saying who is another: everybody but root.
+///
+/// # Errors
+/// When the capability against that cannot be dropped.
+pub fn as_user(ctx: Context) -> io::Result<Option<Another>> {
+    as_another(ctx.uid.into_inner() != 0)
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ pub const FRAGMENT: &str = include_str!("../kernel.config");
 /// What is changed in the source: each patch with its reason above it.
 pub const PATCHES: &[&str] = &[
     include_str!("../patches/fuse-data-in-pages.patch"),
+    include_str!("../patches/fuse-rights-after-writes.patch"),
     include_str!("../patches/fuse-submount-flags.patch"),
     include_str!("../patches/overlayfs-removed-names.patch"),
     include_str!("../patches/page-reporting-at-rest.patch"),

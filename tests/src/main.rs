@@ -28,6 +28,7 @@ mod network;
 mod owners;
 mod pods;
 mod process;
+mod replays;
 mod resize;
 mod rootless;
 mod sequences;
@@ -71,6 +72,7 @@ const SHARED: &[&[Test]] = &[
     faults::TESTS,
     files::TESTS,
     stand_ins::TESTS,
+    replays::TESTS,
 ];
 /// Tests that disturb or count.
 const ALONE: &[&[Test]] = &[

@@ -11,9 +11,10 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{chdir, execve};
+use nix::unistd::{execve, fchdir};
 use oci_spec::runtime::{Process, Spec};
 
+use super::inside;
 use crate::sys;
 
 /// Exit codes of a program that cannot be executed or found, as shells give them.
@@ -92,14 +93,14 @@ pub fn pause() -> Result<()> {
     }
 }
 
-/// Enters the process's working folder.
+/// Enters the process's working folder, which no link of the image leads out of the root, nor to what this process has open.
 ///
 /// # Errors
 /// When it cannot be entered.
 pub fn enter_folder(process: &Process) -> Result<()> {
     let cwd = process.cwd();
-    chdir(if cwd.as_os_str().is_empty() { Path::new("/") } else { cwd })
-        .with_context(|| format!("enter the working folder {}", cwd.display()))
+    let folder = inside::open(&Path::new("/").join(cwd));
+    folder.and_then(|folder| fchdir(&folder)).with_context(|| format!("enter the working folder {}", cwd.display()))
 }
 
 /// Has the kernel read the program's beginning from the share while nobody waits for it.

@@ -5,17 +5,18 @@
 //! old root, which is let go at the end.
 
 use std::fs::{File, Permissions};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_sys::mounts::{self as trees, Attributes};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open, openat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fstatat, major, makedev, minor, mknod};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Spec};
 use protobuf::Message;
@@ -291,8 +292,18 @@ fn set_sysctl(name: &str, value: &str) -> Result<()> {
             }
         })
         .collect();
-    anyhow::ensure!(!path.split('/').any(|part| part.is_empty() || part == ".."), "sysctl {name:?} is no name");
-    std::fs::write(Path::new("/proc/sys").join(path), value).with_context(|| format!("set sysctl {name} to {value:?}"))
+    ensure!(!path.split('/').any(|part| part.is_empty() || part == ".."), "sysctl {name:?} is no name");
+    write_parameter(&path, value).with_context(|| format!("set sysctl {name} to {value:?}"))
+}
+
+/// Writes a file of the kernel's own, whatever an image or a volume has in the place of /proc.
+fn write_parameter(path: &str, value: &str) -> Result<()> {
+    let parameters = open("/proc/sys", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    ensure!(fstatfs(&parameters)?.filesystem_type() == PROC_SUPER_MAGIC, "/proc of the container is not the kernel's");
+    let how = OpenHow::new()
+        .flags(OFlag::O_WRONLY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV);
+    Ok(File::from(openat2(&parameters, path, how)?).write_all(value.as_bytes())?)
 }
 
 /// Binds a path over itself, read-only. What is not there needs no lock.
@@ -314,10 +325,18 @@ fn mask(path: &Path) -> Result<()> {
             mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::MS_RDONLY, Some("nr_blocks=1,nr_inodes=1"))?;
             Ok(())
         }
-        Ok(_) => Ok(mount(Some("/dev/null"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?),
+        Ok(_) => Ok(trees::move_mount(&trees::clone_mount_of(&null_device()?)?, path)?),
         Err(error) if is_absent(&error) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The null device: an image or a volume may have something else at its path, which is nothing to hide a file behind.
+fn null_device() -> Result<File> {
+    let device = File::from(inside::open(Path::new("/dev/null")).context("open /dev/null")?);
+    let meta = device.metadata().context("look at /dev/null")?;
+    ensure!(meta.file_type().is_char_device() && meta.rdev() == makedev(1, 3), "the container's /dev/null is not the null device");
+    Ok(device)
 }
 
 fn is_absent(error: &std::io::Error) -> bool {

@@ -14,7 +14,7 @@ use rustix::fs::{
 use virtiofsd::filesystem::{Context, GetxattrReply, ListxattrReply, SetattrValid, SetxattrFlags};
 use virtiofsd::fuse::{Attr, CreateIn, SetattrIn};
 use virtiofsd::oslib::ScopedUmask;
-use virtiofsd::passthrough::credentials::{ScopedCaps, UnixCredentials, drop_effective_cap};
+use virtiofsd::passthrough::credentials::UnixCredentials;
 use virtiofsd::passthrough::stat::statx;
 use virtiofsd::passthrough::xattrmap::{AppliedRule, XattrMap};
 use virtiofsd::soft_idmap::{GuestId, HostGid, HostId, HostUid, Id};
@@ -22,6 +22,7 @@ use virtiofsd::soft_idmap::{GuestId, HostGid, HostId, HostUid, Id};
 use super::Rules;
 use super::held::Held;
 use crate::linked::{Found, Identity};
+use crate::volumes::as_another;
 
 /// What of a caller's flags is the host's affair. Whether the guest reads or writes is its own: its kernel may read what a
 /// program only writes.
@@ -71,15 +72,6 @@ impl AsFd for Opened<'_> {
 
 fn flags(flags: i32) -> OFlags {
     OFlags::from_bits_retain((flags | libc::O_RDWR | libc::O_CLOEXEC).cast_unsigned())
-}
-
-/// Has the kernel take the bits from a file that make others run it as its owner, as it does when the owner is not who
-/// writes.
-///
-/// # Errors
-/// When the capability against that cannot be dropped.
-pub fn as_another(kill: bool) -> io::Result<Option<ScopedCaps>> {
-    if kill { drop_effective_cap("FSETID") } else { Ok(None) }
 }
 
 impl Own {

@@ -13,10 +13,10 @@ use virtiofsd::filesystem::{
 use virtiofsd::fuse::{Attr, ROOT_ID, SetattrIn};
 use virtiofsd::oslib::WritevFlags;
 
-use super::file::{Kind, as_another};
+use super::file::Kind;
 use super::{ACCESS_LISTS, DirIter, FIRST, Files, Place};
 use crate::share::{Handle, Inode, check_range};
-use crate::volumes::CAPABILITIES;
+use crate::volumes::{CAPABILITIES, as_another, as_user};
 
 /// Requests about folders, and those of the share as a whole.
 macro_rules! pass_on {
@@ -50,11 +50,11 @@ macro_rules! of_file {
 
 /// Requests about a file that the guest has open.
 macro_rules! of_open_file {
-    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $answer:ty { |$self:ident, $file:ident| $here:expr })*) => {
-        $(fn $name(&$self, ctx: Context, inode: Inode, handle: Handle, $($argument: $kind),*) -> io::Result<$answer> {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $answer:ty { |$self:ident, $ctx:ident, $file:ident| $here:expr })*) => {
+        $(fn $name(&$self, $ctx: Context, inode: Inode, handle: Handle, $($argument: $kind),*) -> io::Result<$answer> {
             match $self.opened(inode, handle) {
                 Some($file) => $here,
-                None => $self.share.$name(ctx, $self.number_of_share(inode), handle, $($argument),*),
+                None => $self.share.$name($ctx, $self.number_of_share(inode), handle, $($argument),*),
             }
         })*
     };
@@ -309,16 +309,18 @@ impl FileSystem for Files {
         check_range(from_offset, length)?;
         check_range(to_offset, length)?;
         let (from, to) = (self.opened_anywhere(ctx, from, from_handle)?, self.opened_anywhere(ctx, to, to_handle)?);
+        let _user = as_user(ctx)?;
         Ok(copy_file_range(from, Some(&mut from_offset), to, Some(&mut to_offset), length as usize)?)
     }
 
     of_open_file! {
-        fn flush(owner: u64) -> () { |self, file| file.try_clone().map(drop) }
-        fn fallocate(mode: u32, offset: u64, length: u64) -> () { |self, file| {
+        fn flush(owner: u64) -> () { |self, _ctx, file| file.try_clone().map(drop) }
+        fn fallocate(mode: u32, offset: u64, length: u64) -> () { |self, ctx, file| {
             check_range(offset, length)?;
+            let _user = as_user(ctx)?;
             Ok(fallocate(file, FallocateFlags::from_bits_retain(mode), offset, length)?)
         } }
-        fn lseek(offset: u64, whence: u32) -> u64 { |self, file| find(&file, offset, whence) }
+        fn lseek(offset: u64, whence: u32) -> u64 { |self, _ctx, file| find(&file, offset, whence) }
     }
 
     of_file! {

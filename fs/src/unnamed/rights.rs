@@ -14,10 +14,10 @@ use crate::volumes::{gives_rights, without_rights};
 
 impl Files {
     /// Whether the mount of a file that the guest knows keeps what gives rights. One that cannot be looked at does not: it
-    /// is of users whom the pod does not have.
+    /// is of users whom the pod does not have, or the file is a link, device or pipe, which nothing gives rights.
     pub(super) fn keeps(&self, ctx: Context, inode: Inode) -> io::Result<bool> {
         match self.volumes.keep(|| self.mount(ctx, inode)) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(false),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EBADF)) => Ok(false),
             kept => kept,
         }
     }

@@ -417,6 +417,23 @@ fn what_gives_a_file_rights_on_the_host_is_done_and_not_kept_in_a_volume() {
         assert_eq!(mode("folder"), 0o2775);
         let unnamed = make(&files).0;
         assert_eq!(change(unnamed.inode, 0o4700).unwrap().0.mode & 0o7777, if keeps { 0o4700 } else { 0o700 });
+        if nix::unistd::geteuid().is_root() {
+            // Who makes room in it writes it.
+            change(entry.inode, 0o4711).unwrap();
+            let user = Context::from(InHeader { uid: 1000.into(), gid: 1000.into(), ..InHeader::default() });
+            files.fallocate(user, entry.inode, handle.unwrap(), 0, 0, 4096).unwrap();
+            assert_eq!(mode("file"), 0o711);
+            // Also in a thread that has made a file as that user meanwhile.
+            fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+            files.create(user, ROOT, c"users", 0o600, false, libc::O_RDWR.cast_unsigned(), 0, Extensions::default()).unwrap();
+            let cut = SetattrIn { size: 1, ..SetattrIn::default() };
+            for valid in [SetattrValid::SIZE, SetattrValid::SIZE | SetattrValid::KILL_SUIDGID] {
+                change(entry.inode, 0o4711).unwrap();
+                files.setattr(context(), entry.inode, cut, None, valid).unwrap();
+                let kills = valid.contains(SetattrValid::KILL_SUIDGID) || !keeps;
+                assert_eq!(mode("file"), if kills { 0o711 } else { 0o4711 }, "{valid:?}");
+            }
+        }
         files.release(context(), entry.inode, 0, handle.unwrap(), false, false, None).unwrap();
         let device = files.mknod(context(), ROOT, c"null", libc::S_IFCHR | 0o666, 0x103, 0, Extensions::default());
         let refused = device.err().and_then(|error| error.raw_os_error());
@@ -428,6 +445,10 @@ fn what_gives_a_file_rights_on_the_host_is_done_and_not_kept_in_a_volume() {
             let capabilities = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
             files.setxattr(context(), entry.inode, CAPABILITIES, &capabilities, 0, SetxattrFlags::empty()).unwrap();
             assert_eq!(files.getxattr(context(), entry.inode, CAPABILITIES, 100).is_ok(), keeps);
+            if !keeps {
+                let pipe = files.mknod(context(), ROOT, c"pipe", libc::S_IFIFO | 0o600, 0, 0, Extensions::default()).unwrap().inode;
+                files.setxattr(context(), pipe, CAPABILITIES, &capabilities, 0, SetxattrFlags::empty()).unwrap();
+            }
         }
     }
 }
