@@ -8,9 +8,11 @@
 //! * [`stand_in`]: what stands on the host for a container;
 //! * [`settings`]: reads the configuration's files;
 //! * [`records`]: reads and writes what pods keep on disk;
+//! * [`cores`]: how many threads the host's cores run;
 //! * [`users`]: which users there are where a program runs.
 
 pub mod control;
+pub mod cores;
 pub mod jail;
 pub mod process;
 pub mod records;

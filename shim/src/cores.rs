@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use caisson_host::records;
+use caisson_host::{cores, records};
 use caisson_protocol::config::{Config, CoreScheduling};
 use caisson_protocol::record::ProcessRecord;
 use rustix::io::Errno;
@@ -44,6 +44,9 @@ fn beside(wanted: CoreScheduling, tenant: &str, asked: bool) -> Beside {
 /// # Errors
 /// When the host's kernel cannot, and the configuration asks for it by name.
 pub async fn part(config: &Config, store: &Arc<Store>, monitor: u32) -> Result<()> {
+    if cores::have_one_thread() {
+        return Ok(());
+    }
     let asked = std::env::var_os(ASKED).is_some_and(|value| !value.is_empty());
     let parted = match beside(config.core_scheduling, &config.tenant.name, asked) {
         Beside::All => return Ok(()),
@@ -54,6 +57,7 @@ pub async fn part(config: &Config, store: &Arc<Store>, monitor: u32) -> Result<(
         }
     };
     match parted.map_err(|error| (error.downcast_ref().copied(), error)) {
+        // They have had it turned off meanwhile.
         Ok(()) | Err((Some(Errno::NODEV), _)) => Ok(()),
         Err((Some(Errno::INVAL), _)) if config.core_scheduling == CoreScheduling::Auto => {
             log::warn!(

@@ -6,10 +6,14 @@ use rustix::process::Pid;
 use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 
 use crate::Test;
-use crate::ctr::{Pod, run};
+use crate::ctr::{Pod, run, run_pod, shell};
 use crate::faults::Config;
+use crate::host::shim_log;
 
-pub const TESTS: &[Test] = &[("two_threads_a_core_run_one_tenants_guests_at_a_time", two_threads_a_core_run_one_tenants_guests_at_a_time)];
+pub const TESTS: &[Test] = &[(
+    "two_threads_a_core_run_one_tenants_guests_at_a_time_or_are_said_to_be_shared",
+    two_threads_a_core_run_one_tenants_guests_at_a_time_or_are_said_to_be_shared,
+)];
 
 /// Whether this node has them.
 pub fn have_threads() -> bool {
@@ -29,7 +33,11 @@ fn cookie(pod: &Pod) -> u64 {
 /// A pod that the configuration has belong to a tenant.
 fn of(tenant: &str, name: &str) -> Pod {
     let _config = Config::set(&format!("[tenant]\nname = \"{tenant}\"\n"));
-    Pod::start(name, &[], "sleep 1000")
+    let file = format!("/etc/caisson/tenants/{tenant}.toml");
+    shell(&format!("mkdir -p /etc/caisson/tenants; touch {file}"));
+    let pod = Pod::start(name, &[], "sleep 1000");
+    shell("rm -r /etc/caisson/tenants");
+    pod
 }
 
 /// What `caisson check --security` says of the cores of each monitor.
@@ -40,7 +48,28 @@ fn said() -> Vec<(String, String)> {
     findings.filter(|finding| finding["check"] == "cores").map(|finding| (text(&finding, "verdict"), text(&finding, "found"))).collect()
 }
 
-fn two_threads_a_core_run_one_tenants_guests_at_a_time() {
+/// Whether the node's kernel has core scheduling; Debian's has not (CONFIG_SCHED_CORE).
+fn kernel_has_it() -> bool {
+    std::fs::read_to_string("/proc/kallsyms").unwrap().contains(" sched_core_share_pid")
+}
+
+fn two_threads_a_core_run_one_tenants_guests_at_a_time_or_are_said_to_be_shared() {
+    if kernel_has_it() { cores_are_parted() } else { cores_are_said_to_be_shared() }
+}
+
+fn cores_are_said_to_be_shared() {
+    let (_anybodys, _acmes) = (Pod::start("anybodys", &[], "sleep 1000"), of("acme", "acmes"));
+    assert!(shim_log().contains("the host's kernel has no core scheduling"), "{}", shim_log());
+    let said = said();
+    let verdicts: Vec<&str> = said.iter().map(|(verdict, _)| verdict.as_str()).collect();
+    assert_eq!(verdicts, ["wrong", "weak"], "{said:?}");
+    assert!(said.iter().all(|(_, found)| found.contains("the host's kernel has no core scheduling")), "{said:?}");
+    let _config = Config::set("[vm]\ncore_scheduling = \"pod\"\n");
+    let refused = run_pod(&[], &["true"]);
+    assert!(refused.code != 0 && refused.stderr.contains("vm.core_scheduling"), "{refused:?}");
+}
+
+fn cores_are_parted() {
     {
         let anybodys = Pod::start("anybodys", &[], "sleep 1000");
         assert_eq!(cookie(&anybodys), 0);

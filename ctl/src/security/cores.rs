@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result};
+use caisson_host::cores::have_one_thread;
 use caisson_protocol::config::CoreScheduling;
 use caisson_protocol::record::PodRecord;
 use rustix::io::Errno;
@@ -13,6 +14,9 @@ use super::{Found, Subject, Verdict};
 
 /// Who may run at once with the guest on a core of the host (`vm.core_scheduling`).
 pub fn look(subject: &Subject<'_>) -> Result<Found> {
+    if have_one_thread() {
+        return Ok((Verdict::Ok, "one thread a core".into()));
+    }
     let cookie = |pid: u32| {
         let pid = Pid::from_raw(pid.cast_signed()).ok_or(Errno::SRCH)?;
         core_scheduling_cookie(pid, CoreSchedulingScope::Thread)
@@ -30,7 +34,6 @@ pub fn look(subject: &Subject<'_>) -> Result<Found> {
         return Ok((Verdict::Wrong, "its threads run beside different ones".into()));
     };
     Ok(match first.map_err(Errno::from_raw_os_error) {
-        Err(Errno::NODEV) => (Verdict::Ok, "one thread a core".into()),
         Err(Errno::INVAL) => (shared, "shared with other guests: the host's kernel has no core scheduling".into()),
         Err(error) => return Err(error).context("ask whom its threads run beside"),
         Ok(0) => (shared, "shared with other guests at once; set vm.core_scheduling, or turn the processor's second threads off".into()),
