@@ -382,6 +382,29 @@ mod tests {
     }
 
     #[test]
+    fn monitors_of_a_tenant_are_those_of_its_other_pods() {
+        let run = tempfile::tempdir().unwrap();
+        let of = |pod: &str, tenant: &str| {
+            let store = Store::create(run.path(), PodRecord { tenant: tenant.into(), ..record(pod) }).unwrap();
+            store.add_process("vmm", pod.parse().unwrap()).unwrap();
+            store.add_process("fs", 7).unwrap();
+            store
+        };
+        let stores = [of("1", "acme"), of("2", "umbra"), of("3", "acme"), of("4", ""), of("5", "acme")];
+        let monitors = |store: &Store| store.monitors_of_tenant().unwrap().iter().map(|monitor| monitor.pid).collect::<Vec<_>>();
+        assert_eq!((monitors(&stores[0]), monitors(&stores[1])), (vec![3, 5], vec![]));
+        // Whoever looks for one waits for who has found none, and may be making the first.
+        let held = stores[0].lock_host().unwrap();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| stores[2].lock_host().map(drop));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!waits.is_finished());
+            drop(held);
+            waits.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
     fn a_file_that_is_not_ours_stops_the_removal() {
         let run = tempfile::tempdir().unwrap();
         let store = Store::create(run.path(), record("web")).unwrap();
