@@ -233,7 +233,7 @@ const NODE_ATTEMPTS: u32 = 4;
 const NODE_SCRIPT: &str = "/share/node-tests \"$@\" > >(tee /share/output) 2>&1; code=$?; sleep 0.2; exit $code";
 
 /// How much those tests do that can do more.
-const LONG: &str = "export CAISSON_TEST_FLOOD=10 CAISSON_TEST_PODS=50 CAISSON_TEST_AT_ONCE=6 CAISSON_TEST_CALLS=600 CAISSON_TEST_SEEDS=20;";
+const LONG: &str = "export CAISSON_TEST_LONG=1 CAISSON_TEST_FLOOD=10 CAISSON_TEST_PODS=50 CAISSON_TEST_AT_ONCE=6 CAISSON_TEST_CALLS=600 CAISSON_TEST_SEEDS=20;";
 
 /// The tests that a run finished, those that failed with what they said. What a test prints itself stands between its
 /// name and its result.
